@@ -1,1 +1,1 @@
-"""Rows become token ids and labels. Imports no torch."""
+"""Turns rows into token ids and labels. Imports no torch."""

@@ -1,9 +1,9 @@
-"""A chat template as programs use it: one tokenizer's, rendered as the recipe says.
+"""The chat template of one tokenizer, rendered as the recipe says.
 
-Owns the arguments, the date and the appended end of turn that every rendering shares, and the words
-for what a template refuses. Does not own what is found out by rendering: `skeleton.py` asks for the
-text around contents, `structure_proof.py` for that around calls and thoughts, `turn_ends.py` for
-what ends a turn.
+Owns the arguments, the date and the appended end of turn that every rendering shares, and the
+errors for conversations that a template refuses. Does not own the facts found by rendering:
+`skeleton.py` finds the text around contents, `structure_proof.py` the text around calls and
+thoughts, and `turn_ends.py` the end of a turn.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from runner.errors import DataError
 
 METHOD_TEXT: Final = "sentinel"
 METHOD_PARTS: Final = "sentinel, content as a list of parts"
-MAX_RENDERED_CHARACTERS: Final = 1_000_000  # besides the contents
+MAX_RENDERED_CHARACTERS: Final = 1_000_000  # in addition to the contents
 PROBE: Final = "Qprobe"
 
-# Two moments that differ in every part: a text that both give is the same on any day.
+# Two moments that differ in every part: a text that both produce is the same on any day.
 ANY_MOMENTS: Final = (
     datetime(2001, 2, 3, 4, 5, 6, 789),
     datetime(2022, 11, 18, 19, 47, 58, 901234),
@@ -34,7 +34,7 @@ _DIRECTIVES: Final = (
     *("-d", "-e", "-H", "-I", "-j", "-m", "-M", "-S", "-y"),
     *"aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZf",
 )
-# What a template is shown to find out whether it renders nothing without tools.
+# A tool for checking whether a template only renders conversations with tools.
 _ANY_TOOL: Final = {
     "type": "function",
     "function": {
@@ -55,12 +55,12 @@ class MaskError(DataError):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a recipe has its chats written, beside the template itself. `load_tokenizer` lays it into
-    the tokenizer as `chat_format`, where every rendering finds it.
+    """The recipe's settings for rendering chats, apart from the template itself. `load_tokenizer`
+    stores it in the tokenizer as `chat_format`, where every rendering finds it.
 
-    `moment` is where `strftime_now` stands still, None for the clock. `end_of_turn` is appended
-    where the template prints none behind the last answer. `stop_tokens` are known to stop the
-    model, beside eos.
+    `moment` is the fixed time for `strftime_now`; None uses the clock. `end_of_turn` is appended if
+    the template prints none after the last answer. `stop_tokens` are known to stop the model, in
+    addition to eos.
     """
 
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class ChatFormat:
 
 
 def get_chat_format(tokenizer: Any) -> ChatFormat:
-    """The format that was laid into the tokenizer; one that adds nothing, where none was."""
+    """The format stored in the tokenizer; if there is none, one that adds nothing."""
     chat_format: ChatFormat | None = getattr(tokenizer, "chat_format", None)
     return chat_format or ChatFormat()
 
@@ -86,7 +86,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self.format = chat_format or get_chat_format(tokenizer)
-        # A tokenizer may keep a template of its own for conversations with tools.
+        # A tokenizer may have a separate template for conversations with tools.
         self._sources: dict[bool, str] = {
             False: tokenizer.get_chat_template(),
             True: tokenizer.get_chat_template(tools=[_ANY_TOOL]),
@@ -106,21 +106,21 @@ class ChatTemplate:
 
     @property
     def eos_token(self) -> str | None:
-        """The tokenizer's end of a text."""
+        """The tokenizer's end-of-text token."""
         token: str | None = self._tokenizer.eos_token
         return token
 
     @property
     def appends_end(self) -> bool:
-        """Whether the recipe's end of turn is appended, as the template prints none."""
+        """True if the recipe's end of turn is appended because the template prints none."""
         return self._appended is not None
 
     def holds(self, text: str) -> bool:
-        """Whether the template's source holds a text."""
+        """True if the template's source contains the text."""
         return any(text in source for source in self._sources.values())
 
     def is_special(self, text: str) -> bool:
-        """Whether a text is a special token."""
+        """True if the text is a special token."""
         return text in self._special
 
     def find_specials(self, text: str) -> list[re.Match[str]]:
@@ -135,8 +135,8 @@ class ChatTemplate:
         tools: Tools = (),
         add_generation_prompt: bool = False,
     ) -> str:
-        """The rendered text; whatever the template raises becomes a MaskError with the template's
-        own words.
+        """The rendered text. Any error of the template becomes a MaskError with the template's own
+        message.
         """
         chat = [dict(message) for message in messages]
         if method == METHOD_PARTS:
@@ -145,14 +145,14 @@ class ChatTemplate:
                     message["content"] = [{"type": "text", "text": message["content"]}]
         try:
             text = self._apply(chat, tools, add_generation_prompt)
-        except Exception as error:  # a template is a stranger's program: it can raise anything
+        except Exception as error:  # a template is foreign code and can raise anything
             raise self._explain(error, chat, tools, add_generation_prompt) from error
         if len(text) > MAX_RENDERED_CHARACTERS:
             said = len(repr(messages)) + len(repr(tools))
             if len(text) > MAX_RENDERED_CHARACTERS + 8 * said:
                 raise MaskError(
-                    f"the chat template makes {len(text):,} characters"
-                    " of a conversation that is far shorter",
+                    f"the chat template prints {len(text):,} characters"
+                    " for a conversation that is far shorter",
                     hint="name another chat template in `model.chat_template`",
                 )
         if self._appended and not add_generation_prompt and chat[-1]["role"] == "assistant":
@@ -176,7 +176,7 @@ class ChatTemplate:
     def _explain(
         self, error: Exception, chat: list[dict[str, Any]], tools: Tools, has_prompt: bool
     ) -> MaskError:
-        """The refusal in the template's words, or in ours where it is tools that it lacks."""
+        """The refusal in the template's words, or in ours if only tools are missing."""
         if not tools:
             with suppress(Exception):
                 self._apply(chat, [_ANY_TOOL], has_prompt)
@@ -189,15 +189,15 @@ class ChatTemplate:
                 )
         roles = ", ".join(message["role"] for message in chat)
         return MaskError(
-            f"the chat template refuses a conversation of the roles {roles}: {error}",
+            f"the chat template refuses a conversation with the roles {roles}: {error}",
             hint=(
                 "change the roles in the data (a system text can open the first user turn),"
-                " or the chat template"
+                " or change the chat template"
             ),
         )
 
     def _find_appended(self) -> str | None:
-        """The end of turn to append: None where the template prints it by itself."""
+        """The end of turn to append; None if the template already prints it."""
         wanted = self.format.end_of_turn
         if wanted is None:
             return None
@@ -212,21 +212,21 @@ class ChatTemplate:
 
 @cache
 def _freeze_clock(moment: datetime) -> str:
-    """The beginning of a template in which `strftime_now` knows one moment only.
+    """A template prefix that fixes `strftime_now` at one moment.
 
-    Transformers gives templates a function that reads the clock, and lets nobody pass another; a
-    macro of the same name hides it, in this rendering and in no other.
+    Transformers passes templates a function that reads the clock, and accepts no replacement. A
+    macro of the same name hides it, in this rendering only.
     """
     values = [("%%", "\ue000")]
     values += [(f"%{directive}", moment.strftime(f"%{directive}")) for directive in _DIRECTIVES]
     values += [("\ue000", "%")]
     replaced = "".join(f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in values)
-    # Jinja drops the newline behind the macro, so that the template's own first line stays.
+    # Jinja drops the newline after the macro, so the template's own first line stays unchanged.
     return f"{{%- macro strftime_now(format) -%}}{{{{- format{replaced} -}}}}{{%- endmacro %}}\n"
 
 
 def describe(messages: Messages, index: int) -> str:
-    """How a message is called in errors.
+    """The name of a message in errors.
 
     >>> describe([{"role": "user"}, {"role": "assistant"}], 1)
     'message 1 (assistant)'
@@ -235,7 +235,7 @@ def describe(messages: Messages, index: int) -> str:
 
 
 def quote(text: str, limit: int = 60) -> str:
-    """The beginning of a text, as a Python literal: whitespace is what errors are about here.
+    """The beginning of a text, as a Python literal, because whitespace matters in these errors.
 
     >>> quote("a\\n" * 9, limit=3)
     "'a\\\\na'..."
@@ -244,7 +244,7 @@ def quote(text: str, limit: int = 60) -> str:
 
 
 def describe_difference(expected: str, found: str) -> str:
-    """Both texts, from shortly before they part.
+    """Both texts, from shortly before they differ.
 
     >>> describe_difference("<a>x", "<a>y")
     "expected '<a>x', found '<a>y'"
@@ -254,7 +254,7 @@ def describe_difference(expected: str, found: str) -> str:
 
 
 def common_prefix(left: str, right: str) -> str:
-    """What both texts begin with.
+    """The common beginning of two texts.
 
     >>> common_prefix("<end><user>", "<end>")
     '<end>'

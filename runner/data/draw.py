@@ -1,10 +1,10 @@
 """Draws the rows of each split: the same for every model, prompt, template and loss mode.
 
-Rows are ordered by a seeded hash of their group (the row's own key, where the task knows no
-groups), then of their key. Test rows come first, then validation, both under a fixed seed, then
-training rows under `data.seed`. So splits are disjoint by row and by group, independent of the
-order of the file, smaller training sets are prefixes of larger ones, and `data.seed` moves training
-rows only.
+Rows are ordered by a seeded hash of their group (the row's own key, if the task has no groups),
+then of their key. Test rows are drawn first, then validation rows, both under a fixed seed, then
+training rows under `data.seed`. Splits are therefore disjoint by row and by group, and independent
+of the order of the file. Smaller training sets are prefixes of larger ones, and `data.seed` changes
+training rows only.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from runner.recipe.data_section import DataSection, DataSource
 from runner.strict import list_texts
 
 SPLITS: Final = ("train", "validation", "test")
-# Of the splits that select and report, whatever `data.seed` says.
+# The seed of the validation and test splits, independent of `data.seed`.
 _HELD_OUT_SEED: Final = 0
-# Whose elements are messages, so that `data.ignore` names their keys too.
+# Columns of messages, whose keys `data.ignore` may name too.
 _MESSAGE_COLUMNS: Final = (*CONVERSATION_COLUMNS, "prompt", "completion")
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One conversation as it was drawn, before anything model-specific.
+    """One conversation as drawn, before anything model-specific.
 
     `completions` are the indices of the assistant messages that are trained and scored, `untrained`
     those of weight 0.
@@ -48,9 +48,9 @@ class RawRow:
     references: tuple[str, ...] = ()
     completions: tuple[int, ...] = ()
     untrained: frozenset[int] = frozenset()
-    turn: int | None = None  # of a conversation that is split: the message that this row ends with
-    is_last_turn: bool = True  # of these
-    # What the row says, for metrics of the project; empty where it is made of several.
+    turn: int | None = None  # the message that this row ends with, if the conversation is split
+    is_last_turn: bool = True  # of the conversation that is split
+    # The row's columns, for metrics of the project; empty if it was built from several rows.
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -60,25 +60,27 @@ class RawRow:
 
     @cached_property
     def content_hash(self) -> str:
-        """Of all that a mask depends on; two prompts make two contents of one key."""
+        """A hash of everything that a mask depends on. Two prompts give two contents with the same
+        key.
+        """
         turns = [list(self.completions), sorted(self.untrained)]
         return hash_json([list(self.messages), list(self.tools), turns])
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What was left out of rows, splits and sources, and why; nothing else is missing but rows that
-    were not asked for.
+    """Counts of everything left out of rows, splits and sources, by reason; apart from this, only
+    rows beyond the requested number are missing.
     """
 
     num_duplicates: int = 0
-    # Another row of their group stands in a split that is drawn earlier.
+    # Rows with another row of their group in a split that is drawn earlier.
     num_left_out_by_group: int = 0
     # Split of the source -> reason -> count.
     by_task: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    # Split of the source -> column that says nothing of the rows' content -> rows that have it.
+    # Split of the source -> column that is not part of the rows' content -> rows that have it.
     columns: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    # Split of the source -> reason, with names -> files beside the rows that nobody reads.
+    # Split of the source -> reason, with names -> files next to the rows that are not read.
     skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()  # names in `data.ignore` that no row has
 
@@ -93,11 +95,11 @@ class LeftOut:
             lines += [f"{split}: {count} {reason}, not read" for reason, count in skipped.items()]
         for split, columns in self.columns.items():
             named = ", ".join(f"`{column}` ({count} rows)" for column, count in columns.items())
-            lines.append(f"{split}: what no row's text is made of: {named}")
+            lines.append(f"{split}: not used in any row's text: {named}")
         for name in self.unknown:
             lines.append(f"nothing for `{name}` in `data.ignore`: no row has it")
         if self.num_left_out_by_group:
-            lines.append(f"{self.num_left_out_by_group} rows of groups that stand in another split")
+            lines.append(f"{self.num_left_out_by_group} rows whose group is in another split")
         if self.num_duplicates:
             lines.append(f"{self.num_duplicates} duplicate rows")
         return lines
@@ -116,10 +118,9 @@ class RawSplits:
 def draw_splits(data: DataSection) -> RawSplits:
     """The rows of each split: the same for every model, prompt, loss mode and training seed.
 
-    A row whose key occurred before, in a split that comes first or earlier in its own, is a
-    duplicate: it is counted and left out. So are rows of a group of which another row stands in a
-    split that comes first. Raises DataError for a split that is empty or has fewer rows than asked
-    for.
+    A row is a duplicate if its key occurred before, in an earlier split or earlier in its own; it
+    is counted and left out. So is a row whose group already has a row in an earlier split. Raises
+    DataError for a split that is empty or has fewer rows than requested.
     """
     reader = _Reader(data)
     pools: dict[str, list[list[RawRow]]] = {}  # one for each source of a split
@@ -148,7 +149,7 @@ def draw_splits(data: DataSection) -> RawSplits:
 
 
 def _list_sources(data: DataSection, split: str) -> tuple[DataSource, ...]:
-    """The sources of a split's own, none where it is taken from the training rows."""
+    """The split's own sources; empty if it is drawn from the training rows."""
     if split == "train":
         return data.train_sources
     source: DataSource | None = getattr(data, split)
@@ -163,7 +164,7 @@ def _draw_mixed(
     left_out: LeftOut,
 ) -> tuple[RawRow, ...]:
     """The first rows of several sources of training rows, in their shares."""
-    assert data.train_shares is not None and wanted is not None, "the schema asks for both"
+    assert data.train_shares is not None and wanted is not None, "the schema requires both"
     names = [source.path for source in data.train_sources]
     try:
         rows = interleave(pools, data.train_shares, wanted, names=names)
@@ -174,20 +175,20 @@ def _draw_mixed(
 
 
 class _Reader:
-    """Reads the sources of one recipe; a row of a key that was read before is a duplicate."""
+    """Reads the sources of one recipe; a row whose key was read before is a duplicate."""
 
     def __init__(self, data: DataSection) -> None:
         self._data = data
-        self._seen: dict[str, tuple[str, str]] = {}  # key -> hash of what is said, and its place
+        self._seen: dict[str, tuple[str, str]] = {}  # key -> hash of the texts, and the place
         self._holders: dict[str, str] = {}  # group of the task -> that of `data.group_column`
         self._num_duplicates = 0
-        # Split -> what -> how many; several sources of a split are added up.
+        # Split -> name or reason -> count; several sources of a split are added up.
         self._by_task: dict[str, Counter[str]] = {}
         self._columns: dict[str, Counter[str]] = {}
         self._skipped: dict[str, Counter[str]] = {}
 
     def describe(self, num_left_out_by_group: int) -> LeftOut:
-        """What was left out, when all sources have been read."""
+        """The counts of everything left out, once all sources have been read."""
         known = {name for columns in self._columns.values() for name in columns}
         return LeftOut(
             self._num_duplicates,
@@ -199,12 +200,12 @@ class _Reader:
         )
 
     def read(self, source: DataSource, split: str) -> list[RawRow]:
-        """The different rows of one source."""
+        """The distinct rows of one source."""
         columns: Counter[str] = Counter()
         groups: dict[str, str] = {}
         try:
             loaded = load_rows(source)
-        except DataError as error:  # of the source, and not yet of a row
+        except DataError as error:  # about the source, not yet about a row
             raise DataError(f"data.{split}: {error.message}", hint=error.hint) from None
         rows = self._prepare(loaded.rows, columns, groups)
         column = self._data.group_column
@@ -235,7 +236,7 @@ class _Reader:
     def _prepare(
         self, rows: Iterator[tuple[str, Any]], columns: Counter[str], groups: dict[str, str]
     ) -> Iterator[tuple[str, Any]]:
-        """The rows without what `data.ignore` names; counts that, and notes each row's group."""
+        """The rows without the names in `data.ignore`; counts those, and notes each row's group."""
         column = self._data.group_column
         for where, row in rows:
             if column is not None:
@@ -247,8 +248,8 @@ class _Reader:
             return example.key if example.group is None else example.group
         if example.where not in groups:
             raise DataError(
-                f"{example.where}: the task `{self._data.task.name}` makes one conversation of"
-                " several rows, and groups of its own",
+                f"{example.where}: the task `{self._data.task.name}` builds one conversation from"
+                " several rows, and has its own groups",
                 hint="leave `data.group_column` out of the recipe",
             )
         group = groups[example.where]
@@ -257,25 +258,25 @@ class _Reader:
                 f"{example.where}: `data.group_column: {self._data.group_column}` puts it into"
                 f" another group than a row that the task `{self._data.task.name}` keeps together"
                 " with it",
-                hint="name a column of larger groups, or leave `data.group_column` out",
+                hint="name a column with larger groups, or leave `data.group_column` out",
             )
         return group
 
 
 def _hash_words(example: Example) -> str:
-    """Of what a row says, but for blanks: two rows of one key may differ in those."""
+    """A hash of a row's texts without whitespace, in which two rows with one key may differ."""
     texts = "".join(list_texts([example.messages, example.tools]))
     return hash_json("".join(texts.split()))
 
 
 def _require_same_words(first: tuple[str, str], said: str, example: Example) -> None:
-    """Raises: DataError, where a duplicate says something else than the row of its key."""
+    """Raises: DataError, if a duplicate has other texts than the first row with its key."""
     known, where = first
     if said != known:
         raise DataError(
-            f"{where} and {example.where} differ only in columns that say nothing of a row"
-            f" ({list_names(NEUTRAL_COLUMNS)}), but become different conversations",
-            hint="give the column that the function reads another name in the file",
+            f"{where} and {example.where} differ only in columns that are not part of a row's"
+            f" content ({list_names(NEUTRAL_COLUMNS)}), but become different conversations",
+            hint="rename the column that the function reads in the file",
         )
 
 
@@ -299,13 +300,13 @@ def _build_raw_row(example: Example, group: str) -> RawRow:
 
 
 def _read_group(row: Any, column: str, where: str) -> str:
-    """The group that `data.group_column` gives a row."""
+    """The group of a row according to `data.group_column`."""
     value = row.get(column) if isinstance(row, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         is_there = isinstance(row, Mapping) and column in row
         found = f"{value!r}" if is_there else "no such column"
         raise DataError(
-            f"{where}: `data.group_column: {column}` names the column of a text or a whole number"
+            f"{where}: `data.group_column: {column}` names a column with a text or a whole number"
             f" that all rows of a group share, found {found}",
             hint="give every row a group, or leave `data.group_column` out of the recipe",
         )
@@ -313,8 +314,8 @@ def _read_group(row: Any, column: str, where: str) -> str:
 
 
 def _ignore(row: Any, names: Sequence[str], counts: Counter[str]) -> Any:
-    """The row without the columns, and its messages without the keys (`messages.KEY`), that `names`
-    holds; counts the rows that have one of them.
+    """The row without the columns in `names`, and its messages without the keys in `names`
+    (`messages.KEY`); counts the rows that have one of them.
     """
     if not names:
         return row
@@ -357,13 +358,13 @@ def _rank(seed: int, text: str) -> str:
 def _draw(
     pool: Sequence[RawRow], split: str, wanted: int | None, left_out: LeftOut
 ) -> tuple[RawRow, ...]:
-    """The first rows of what is left for a split."""
+    """The first rows that are left for a split."""
     count = len(pool) if wanted is None else wanted
     if len(pool) < count or count == 0:
         reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
         raise DataError(
-            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'}"
-            " were asked for" + reasons,
+            f"{len(pool)} different rows are left for the {split} split, which needs"
+            f" {wanted or 'at least 1'}" + reasons,
             hint=(
                 f"lower `data.num_{split}_samples`,"
                 " or those of the splits drawn before it (test, then validation)"

@@ -1,5 +1,5 @@
-"""Reads the rows of one file, as they are: JSON, JSON lines, CSV, Parquet and Arrow, the first
-three also packed. Nothing here knows what the columns mean, or which files a recipe reads.
+"""Reads the rows of one file, as they are: JSON, JSON lines, CSV, Parquet and Arrow; the first
+three also compressed. Nothing here knows the meaning of columns, or which files a recipe reads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from runner.errors import DataError
 from runner.recipe.data_files import ACCEPTED, COMPRESSIONS, name_format
 
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-# Whatever the locale; spreadsheets open their files with a byte order mark.
+# For any locale; spreadsheets write a byte order mark at the start of a file.
 _ENCODING: Final = "utf-8-sig"
 # Python's own limit, 131,072, is less than a long document.
 _MAX_FIELD_CHARACTERS: Final = 2**31 - 1
-# Texts shrink to a third or a tenth, a file of one repeated row to less than a hundredth; what
-# unpacks to more, and is large, was made to fill a memory.
+# Texts shrink to a third or a tenth, a file of one repeated row to less than a hundredth. A large
+# file that unpacks to more was made to fill the memory.
 _MAX_UNPACKED_RATIO: Final = 200
-_MAX_UNPACKED_BYTES: Final = 2**28  # a small file may unpack to as much, whatever it shrank to
+_MAX_UNPACKED_BYTES: Final = 2**28  # a small file may unpack to this much at any ratio
 _TABLE_ROWS: Final = 1000  # at a time
-# Columns whose lists are the turns of one conversation, and so no rows.
+# Columns whose lists are the turns of one conversation, not rows.
 _CONVERSATION_COLUMNS: Final = ("messages", "conversations")
 
 Rows = Iterator[tuple[str, Any]]
@@ -34,7 +34,7 @@ Rows = Iterator[tuple[str, Any]]
 def load_file(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
     """`(where, row)` for every row of a file, in its order.
 
-    What a file holds beside its rows is added to `aside`: reason -> names.
+    The file's other content, which is not rows, is added to `aside`: reason -> names.
     """
     try:
         yield from _load(path, aside)
@@ -60,8 +60,8 @@ def _load(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a packed file unpacks to, as a stream of bytes that ends in an error where it is far too
-    much or cannot be unpacked.
+    """The unpacked bytes of a compressed file, as a stream that raises an error if they are far too
+    many or the file cannot be unpacked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,15 +80,15 @@ class _Unpacked(io.RawIOBase):
         try:
             content = self._stream.read(len(buffer))
         except OSError as error:
-            if error.errno is not None:  # the disk's fault; those of the library have no number
+            if error.errno is not None:  # from the disk; errors of the library have no number
                 raise
             raise DataError(f"{self._path}: cannot be unpacked: {error}") from None
         self._num_left -= len(content)
         if self._num_left < 0:
             raise DataError(
-                f"{self._path}: unpacks to more than {_MAX_UNPACKED_RATIO} times its size, as no"
-                " rows of text do",
-                hint="unpack it yourself and name what comes out, if it is what you expect",
+                f"{self._path}: unpacks to more than {_MAX_UNPACKED_RATIO} times its size, which"
+                " rows of text never do",
+                hint="if you expect that, unpack the file yourself and name the result",
             )
         buffer[: len(content)] = content
         return len(content)
@@ -114,7 +114,7 @@ def _load_lines(lines: Iterable[str], path: Path) -> Rows:
 
 
 def _load_json(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
-    """The rows of a JSON list, or of the one list in a JSON object; or of JSON lines under another
+    """The rows of a JSON list, of the only list in a JSON object, or of JSON lines under another
     name.
     """
     with _open_text(path) as stream:
@@ -142,7 +142,7 @@ def _load_json(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
         raise DataError(
             f"{path}: expected a JSON list of rows, or an object with one; found an object with"
             f" {found}",
-            hint="keep the list of rows alone in the file, or write one row a line (.jsonl)",
+            hint="keep only the list of rows in the file, or write one row per line (.jsonl)",
         )
     (key,) = lists
     if beside := tuple(f"{path}: `{name}`" for name in value if name != key):
@@ -152,13 +152,13 @@ def _load_json(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
 
 
 class _MoreThanOneValue(Exception):
-    """A text that goes on after a first JSON object, as JSON lines do."""
+    """The text continues after a first JSON object, as JSON lines do."""
 
 
 def _parse_json(text: str, where: str, *, is_file: bool = False) -> Any:
-    """The value of a JSON text: a row, or a whole file, of which an error names the row.
+    """The value of a JSON text: a row, or a whole file (errors then name the row).
 
-    Raises: _MoreThanOneValue, for a file that goes on after an object.
+    Raises: _MoreThanOneValue, if a file continues after an object.
     """
     repeats: list[tuple[dict[str, Any], str]] = []
 
@@ -171,7 +171,7 @@ def _parse_json(text: str, where: str, *, is_file: bool = False) -> Any:
 
     try:
         value = json.loads(text, object_pairs_hook=build)
-    except ValueError as error:  # also of a number with thousands of digits
+    except ValueError as error:  # also for a number with thousands of digits
         is_extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
         if is_file and is_extra and text.lstrip().startswith("{"):
             raise _MoreThanOneValue from None
@@ -182,19 +182,19 @@ def _parse_json(text: str, where: str, *, is_file: bool = False) -> Any:
         built, name = repeats[0]
         place = _find_row(value, built, where) if is_file else where
         raise DataError(
-            f"{place}: the key `{name}` stands twice in one object, and JSON does not say which of"
-            " the two counts",
-            hint="rename one of them or take it out",
+            f"{place}: the key `{name}` appears twice in one object, and JSON does not define which"
+            " one counts",
+            hint="rename one of them or remove it",
         )
     if (found := _SURROGATE.search(text)) and not _is_text(value):
         raise DataError(
-            f"{where}: {found[0]} is one half of a character: no tokenizer can read that"
+            f"{where}: {found[0]} is one half of a character, which no tokenizer can read"
         )
     return value
 
 
 def _find_row(value: Any, wanted: dict[str, Any], where: str) -> str:
-    """The place of the row of a file that holds this very object."""
+    """The place of the row that contains this object (the same one, not an equal one)."""
     lists = {"": value} if isinstance(value, list) else value
     for key, rows in lists.items() if lists is not wanted else ():
         for number, row in enumerate(rows if isinstance(rows, list) else (), start=1):
@@ -217,8 +217,8 @@ def _holds(value: Any, wanted: dict[str, Any]) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether every text of a JSON value can be written as UTF-8: JSON may spell halves of
-    surrogate pairs.
+    """True if every text of a JSON value can be written as UTF-8; JSON can contain halves of
+    surrogate pairs, which cannot.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -228,8 +228,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows as mappings. `csv.DictReader` would drop a field too many, such as what follows a comma
-    without quotes.
+    """Rows as mappings. `csv.DictReader` would drop surplus fields, such as the text after a comma
+    that is not in quotes.
     """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     with _open_text(path, newline="") as stream:
@@ -245,7 +245,7 @@ def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                         f"{path} row {number} (line {reader.line_num}): has {len(fields)} fields,"
                         f" but the header has {len(header)}",
                         hint=(
-                            "a text that holds a comma, a quote or a line break stands in double"
+                            "put texts that contain a comma, a quote or a line break in double"
                             ' quotes: "..."'
                         ),
                     )
@@ -255,7 +255,7 @@ def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _refuse_other_separator(header: list[str], path: Path) -> None:
-    """Raises: DataError, where the only column is a row of names with another separator."""
+    """Raises: DataError, if the only column is a list of names with another separator."""
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(header) == 1 and separator in header[0]:
             raise DataError(
@@ -279,7 +279,7 @@ def _load_parquet(path: Path) -> Rows:
 
 
 def _load_arrow(path: Path) -> Rows:
-    """The rows of an Arrow file, or of an Arrow stream, which is what `datasets` writes."""
+    """The rows of an Arrow file, or of an Arrow stream, the format that `datasets` writes."""
     import pyarrow.ipc
 
     def read() -> Iterator[Any]:
@@ -306,7 +306,7 @@ def _load_table(batches: Iterator[Any], path: Path, kind: str) -> Rows:
                     number += 1
                     yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        # The disk's fault; pyarrow's own have no number.
+        # A number means an error of the disk; pyarrow's own errors have none.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(f"{path}: cannot be read as {kind}: {error}") from None

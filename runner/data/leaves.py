@@ -1,7 +1,7 @@
-"""What a row says, text by text, and the marks that stand for it when a template is asked.
+"""The texts of a row (its leaves), and the marks that replace them in a rendering.
 
-Owns which texts are leaves, how a template may print each, and their marks. Does not own the proof:
-that is `structure_proof.py`.
+Owns which texts are leaves, the forms in which a template may print each, and their marks. Does not
+own the proof: that is `structure_proof.py`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _TAGS: Final = re.compile(r"</?[^\s<>]{1,30}>|\[/?[A-Z_]{2,30}\]")
 
 @dataclass(frozen=True)
 class Leaf:
-    """One text of a row: where it stands (`what` names it in errors), and the mark that stood for
-    it. `variants` are the ways in which a template may print it.
+    """One text of a row: its place (`what` names it in errors), and the mark that replaces it.
+    `variants` are the forms in which a template may print it.
     """
 
-    message: int | None  # None: of the tools
+    message: int | None  # None: in the tools
     what: str
     mark: str
     variants: tuple[str, ...]
-    is_repeatable: bool = False  # a call's name may be repeated where a tool answers
+    is_repeatable: bool = False  # a tool's answer may repeat a call's name
 
 
 class Marking:
-    """Puts a mark, unique and absent from the real rendering, in the place of every leaf."""
+    """Replaces every leaf with a mark that is unique and absent from the real rendering."""
 
     def __init__(self, template: ChatTemplate, *texts: str) -> None:
         self._template = template
@@ -47,7 +47,7 @@ class Marking:
         self._number = str(number)
 
     def mark_message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of the message with marks for leaves."""
+        """A copy of the message with marks instead of leaves."""
         marked = dict(message)
         for key in ("reasoning_content", "content"):
             if isinstance(marked.get(key), str):
@@ -65,7 +65,7 @@ class Marking:
         return marked
 
     def mark_tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of the tool with marks for its name and its description."""
+        """A copy of the tool with marks instead of its name and its description."""
         function = tool.get("function")
         if not isinstance(function, Mapping):
             return dict(tool)
@@ -79,8 +79,8 @@ class Marking:
     def _mark_text(self, index: int, what: str, text: str, has_thoughts: bool) -> str:
         """The text with its tags and the whitespace around its pieces, and a mark for each piece.
 
-        Think tags are taken apart in an assistant's content only: anywhere else they are words. A
-        text that is nothing but other tags is a piece: left out, it would not be missed.
+        Think tags divide an assistant's content only; anywhere else they are words. A text that
+        consists only of other tags is one piece, or its absence would not be noticed.
         """
         tags = [
             span
@@ -105,8 +105,8 @@ class Marking:
         return "".join(parts)
 
     def _find_tags(self, text: str) -> Iterator[tuple[int, int]]:
-        """What templates take contents apart by: think tags, and tags of the template's source
-        that are no special tokens.
+        """The tags at which templates split contents: think tags, and tags in the template's source
+        that are not special tokens.
         """
         for tag in _TAGS.finditer(text):
             name = tag.group()
@@ -142,14 +142,14 @@ class Marking:
 
 
 def _cut_out(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """The text without these parts of it, which follow each other."""
+    """The text without these spans, which are in ascending order."""
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), len(text)]
     return "".join(text[end:start] for end, start in zip(ends, starts, strict=True))
 
 
 def _list_variants(text: str) -> tuple[str, ...]:
-    """The text as it is, and as JSON prints it, once or twice, in Unicode or in ASCII."""
+    """The text as it is, and escaped as JSON once or twice, in Unicode or in ASCII."""
     once = json.dumps(text, ensure_ascii=False)[1:-1]
     in_ascii = json.dumps(text)[1:-1]
     twice = (json.dumps(once, ensure_ascii=False)[1:-1], json.dumps(in_ascii)[1:-1])

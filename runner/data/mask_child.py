@@ -1,4 +1,4 @@
-"""`python -m runner.data.mask_child PARENT`: masks rows for a trainer; `shards` says how."""
+"""`python -m runner.data.mask_child PARENT`: masks rows for a trainer; see `shards`."""
 
 from __future__ import annotations
 

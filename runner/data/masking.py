@@ -1,15 +1,15 @@
-"""Labels: which tokens of a chat are trained on, proven from the chat template itself or refused.
+"""Labels: the tokens of a chat that are trained on, proven from the chat template or refused.
 
 Owns the step from messages to `input_ids`, completion spans and `labels`, in pure Python. Does not
-own where the messages come from, truncation, or batching. A *completion* is one assistant turn up
-to and including its end-of-turn token.
+own the source of the messages, truncation, or batching. A *completion* is one assistant turn up to
+and including its end-of-turn token.
 
 A mask is found by rendering the template with a unique sentinel for every content. That yields the
 template's own text between the contents, the skeleton (`skeleton`). A row is accepted only if its
-real rendering is exactly skeleton and contents laid end to end. Every position is then a sum of
-known lengths: no content is ever searched, so nothing that a user writes can move the mask.
-Rows with tools, calls or thoughts, and contents that a template takes apart, have a second proof of
-the same kind (`structure_proof`). `docs/chat_templates.md` explains both at length.
+real rendering is exactly the skeleton and the contents laid end to end. Every position is then a
+sum of known lengths: no content is ever searched, so no text of a user can move the mask. Rows with
+tools, calls or thoughts, and contents that a template splits, have a second proof of the same kind
+(`structure_proof`). `docs/chat_templates.md` explains both in detail.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class CompletionSpan:
 
 @dataclass(frozen=True)
 class Completion:
-    """One assistant turn among the tokens. `contents` are the tokens that hold at least one byte of
-    what the row says, text by text, `num_bytes` the bytes that these texts were printed as, without
-    those of the conversation's first token; the rest of `span` is the template's.
+    """One assistant turn among the tokens. `contents` are, for each text of the row, the tokens
+    that hold at least one byte of it. `num_bytes` counts the bytes of these texts as printed,
+    without those of the conversation's first token. The rest of `span` is the template's text.
 
-    `rewritten` is None where the template prints the turn as it prints it when the conversation
-    ends there, but for its end; else it says what differs.
+    `rewritten` is None if the template prints the turn, apart from its end, as it does when the
+    conversation ends there; otherwise it describes the difference.
     """
 
     message: int
@@ -75,8 +75,8 @@ class Completion:
 class MaskedConversation:
     """One tokenised chat and its completions.
 
-    For viewers, all half open: `offsets[i]` are the characters of `text` that token i stands for,
-    `content_chars[i]` those of message i (None for an empty one that the template leaves out),
+    For viewers, all half open: `offsets[i]` are the characters of `text` that token i represents,
+    `content_chars[i]` those of message i (None for an empty one that the template leaves out), and
     `completion_chars[k]` those of completion k.
     """
 
@@ -96,8 +96,8 @@ def build_labels(
     loss: Loss,
     untrained: Sequence[CompletionSpan] = (),
 ) -> list[int]:
-    """One label per token: its id where it is trained on, `IGNORE_INDEX` elsewhere. `untrained`
-    turns, those of weight 0, have none under any loss.
+    """One label per token: its id if it is trained on, otherwise `IGNORE_INDEX`. `untrained` turns,
+    those of weight 0, have no labels under any loss.
 
     >>> build_labels([5, 6, 7, 8], [CompletionSpan(1, 3)], "completion")
     [-100, 6, 7, -100]
@@ -123,7 +123,7 @@ def list_trained(
     loss: Loss,
     untrained: Sequence[CompletionSpan] = (),
 ) -> list[Interval]:
-    """Where `build_labels` has labels, ascending and apart from each other.
+    """The ascending, disjoint intervals in which `build_labels` has labels.
 
     >>> list_trained(8, [CompletionSpan(1, 3)], "full", [CompletionSpan(4, 6)])
     [(0, 4), (6, 8)]
@@ -141,24 +141,24 @@ def list_trained(
 
 
 def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an assistant's turn under the tokenizer's chat template: the last ones of
-    completions, of those that end in a call too.
+    """The tokens that end an assistant's turn under the tokenizer's chat template: the last tokens
+    of completions, including completions that end in a call.
 
-    Two where a template closes a conversation otherwise than a turn (GPT-OSS); none where plain
-    text ends a turn.
+    There are two if the template ends a conversation in another way than a turn (GPT-OSS), and none
+    if plain text ends a turn.
 
-    Raises: MaskError, if the template has no end of turn, or no chat template is there.
+    Raises: MaskError, if the template has no end of turn, or there is no chat template.
     """
     template = ChatTemplate(tokenizer)
     skeletons = Skeletons(template)
     pair: Shape = (("user", None), ("assistant", None))
     turns = list(skeletons.find(pair).turns)
-    with suppress(MaskError):  # a template for single questions is one too
+    with suppress(MaskError):  # a template may accept single questions only
         turns += skeletons.find(pair + pair).turns
     if turns[1].refusal:
         raise turns[1].refusal
     ends: dict[str | None, None] = dict.fromkeys(turn.end_token for turn in turns)
-    with suppress(MaskError):  # a template that knows no calls
+    with suppress(MaskError):  # a template without calls
         ends |= dict.fromkeys(
             turn.end_token for turn in prove_structure(template, _CALLING, (_TOOL,), (1,)).turns
         )
@@ -190,17 +190,17 @@ _CALLING: Final = (
 
 
 class ConversationMasker:
-    """Masks conversations under one tokenizer and its chat template, as it is at this moment, in
-    one format, by default the tokenizer's (`load_tokenizer`).
+    """Masks conversations under one tokenizer and its current chat template, in one format, by
+    default the tokenizer's (`load_tokenizer`).
     """
 
     def __init__(self, tokenizer: Any, chat_format: ChatFormat | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise MaskError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a"
-                " token stands for",
+                f"{type(tokenizer).__name__} is a slow tokenizer, which does not report the"
+                " characters of a token",
                 hint=(
-                    "give the model a tokenizer.json,"
+                    "add a tokenizer.json to the model,"
                     " which AutoTokenizer.from_pretrained(model) then loads"
                 ),
             )
@@ -211,10 +211,10 @@ class ConversationMasker:
         self._template, *others = [
             ChatTemplate(tokenizer, replace(chat_format, moment=moment)) for moment in moments
         ]
-        # On another day.
+        # The template on another day.
         self._other = others[0] if others and self._template.reads_clock else None
         self._skeletons = Skeletons(self._template)
-        # Each number once: the tokenizer makes an object of 28 bytes for every token.
+        # Holds each number once: the tokenizer makes an object of 28 bytes for every token.
         self._numbers: dict[int, int] = {}
 
     def mask(
@@ -228,9 +228,9 @@ class ConversationMasker:
         """The tokens and proven completions of one conversation.
 
         `tools` are the functions that the assistant may call, as JSON schemas. `turns` are the
-        indices of the assistant messages that are completions, None for all of them: what stands
-        in others is context, of which thoughts may be left out by the template. `untrained` are
-        assistant messages of that kind whose places are asked for all the same.
+        indices of the assistant messages that are completions, None for all of them. The others are
+        context, whose thoughts the template may leave out. `untrained` are context messages of the
+        assistant whose places are needed nevertheless.
 
         Raises: MaskError.
         """
@@ -247,8 +247,8 @@ class ConversationMasker:
         return masked
 
     def _refuse_dates(self, proven: ProvenText) -> None:
-        """Raises: MaskError, where the template prints the date in this conversation, and the
-        recipe does not say which.
+        """Raises: MaskError, if the template prints the date in this conversation, and the recipe
+        does not set one.
         """
         if self._other is None:
             return
@@ -260,13 +260,11 @@ class ConversationMasker:
             f"the chat template prints today's date ({quote(proven.text[begin:], 40)} on one day,"
             f" {quote(other[begin:], 40)} on another), so the same recipe would train on other"
             " tokens tomorrow",
-            hint="let it stand still: `model.template_date: '2026-01-01'`, or the day you like",
+            hint="fix the date: `model.template_date: '2026-01-01'`, or any other day",
         )
 
     def _describe_roles(self) -> str:
-        """The roles that the chat template renders in a place where they are usual, found by
-        trying.
-        """
+        """The roles that the chat template renders in their usual place, found by trying."""
         usual = {
             "system": ("system", "user", "assistant"),
             "developer": ("developer", "user", "assistant"),
@@ -279,20 +277,20 @@ class ConversationMasker:
             with suppress(MaskError):
                 self._skeletons.find(tuple((each, None) for each in usual[role]))
                 accepted.append(role)
-        return f"this chat template takes {', '.join(accepted) or 'none of them'}"
+        return f"this chat template accepts {', '.join(accepted) or 'none of them'}"
 
     def _prove_texts(
         self, messages: Messages, wanted: Sequence[int], untrained: Collection[int]
     ) -> ProvenText:
-        """The first proof, of conversations that are plain texts."""
+        """The first proof, for conversations of plain texts."""
         skeleton = self._skeletons.find(tuple((message["role"], None) for message in messages))
         text = self._template.render(messages, skeleton.method)
         try:
             contents = _prove(skeleton, messages, text)
         except MaskError as refusal:
-            # Templates leave a system block out when its text is empty. Such a message has no
-            # characters to place: it may stand as it is in the skeleton. Not so an assistant's,
-            # whose end of turn must be placed.
+            # Templates leave a system block out if its text is empty. A blank message has no
+            # characters to place, so the skeleton may contain it as it is. This does not hold for
+            # an assistant's message, whose end of turn must be placed.
             blank = [m["role"] != "assistant" and not m["content"].strip() for m in messages]
             if not any(blank):
                 return self._prove_otherwise(messages, wanted, untrained, refusal)
@@ -341,8 +339,8 @@ class ConversationMasker:
         untrained: Collection[int],
         refusal: MaskError,
     ) -> ProvenText:
-        """The second proof, of texts that the template takes apart. Raises: the first's refusal,
-        unless the second can name what is not printed.
+        """The second proof, for texts that the template splits. Raises: the refusal of the first
+        proof, unless the second can name a text that is not printed.
         """
         try:
             return prove_structure(self._template, messages, (), wanted, untrained)
@@ -368,8 +366,8 @@ class ConversationMasker:
         completions: list[Completion] = []
         for turn in proven.turns:
             first, last = bisect_right(ends, turn.start), bisect_left(starts, turn.end)
-            # A header token that swallows whitespace to its right (`rstrip`) reaches into the
-            # completion: still a header.
+            # A header token that absorbs whitespace to its right (`rstrip`) extends into the
+            # completion, but is still part of the header.
             while (
                 first < last and starts[first] < turn.start and input_ids[first] in self._added_ids
             ):
@@ -380,7 +378,7 @@ class ConversationMasker:
             seen = (starts[first], ends[last - 1])
             self._check_others(messages, turn.message, seen, proven.content_chars)
             contents = tuple(_find_tokens(said, span, starts, ends) for said in turn.texts)
-            # Nobody predicts the first token of a conversation.
+            # The first token of a conversation is not predicted.
             unscored = 0 if span.start else ends[0]
             num_bytes = sum(
                 len(text[max(begin, unscored) : end].encode()) for begin, end in turn.texts
@@ -410,8 +408,8 @@ class ConversationMasker:
             if seen[0] < content[1] and content[0] < seen[1]:
                 raise MaskError(
                     f"a token of {describe(messages, index)} also holds characters of"
-                    f" {describe(messages, other)}: the chat template prints nothing between that"
-                    " keeps them apart",
+                    f" {describe(messages, other)}: the chat template prints nothing between them"
+                    " that separates the tokens",
                     hint=(
                         "in the chat template, put a special token or a newline between the turns"
                     ),
@@ -425,12 +423,12 @@ class ConversationMasker:
         input_ids: Sequence[int],
         previous_end: int,
     ) -> None:
-        """Raises: MaskError, unless the span has tokens of its own and its last one is the
-        end-of-turn token.
+        """Raises: MaskError, unless the span has tokens that belong to no other turn, and ends with
+        the end-of-turn token.
         """
         who = describe(messages, turn.message)
         if not previous_end <= span.start < span.end:
-            raise MaskError(f"{who} has no token that it does not share with another turn")
+            raise MaskError(f"{who} shares all of its tokens with another turn")
         if turn.end_token is None:
             return
         expected = self._tokenizer.convert_tokens_to_ids(turn.end_token)
@@ -438,9 +436,9 @@ class ConversationMasker:
             found = self._tokenizer.convert_ids_to_tokens(input_ids[span.end - 1])
             raise MaskError(
                 f"{who} should end in the token {turn.end_token!r} (id {expected}),"
-                f" but the tokenizer makes {found!r} of the text there",
+                f" but the tokenizer turns the text there into {found!r}",
                 hint=(
-                    f"register {turn.end_token!r} as a special token, and look at the last"
+                    f"register {turn.end_token!r} as a special token, and check the last"
                     " characters of the content"
                 ),
             )
@@ -449,7 +447,7 @@ class ConversationMasker:
 def _find_tokens(
     said: Interval, span: CompletionSpan, starts: Sequence[int], ends: Sequence[int]
 ) -> CompletionSpan:
-    """The tokens of a completion that hold a text of it, of which an empty text has none."""
+    """The tokens of a completion that hold one of its texts; an empty text has none."""
     first = min(max(bisect_right(ends, said[0]), span.start), span.end)
     last = max(first, min(bisect_left(starts, said[1]), span.end))
     return CompletionSpan(first, first if said[0] == said[1] else last)
@@ -461,7 +459,7 @@ _HALF_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 def _list_wanted(
     messages: Messages, turns: Collection[int] | None, untrained: Collection[int]
 ) -> list[int]:
-    """The assistant messages whose places are to be proven, in order."""
+    """The assistant messages whose places must be proven, in order."""
     assistants = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if not assistants:
         raise MaskError(
@@ -473,7 +471,7 @@ def _list_wanted(
     return sorted({*turns, *untrained})
 
 
-# Keys of a message besides role and content -> the kinds of value that they have.
+# Keys of a message in addition to role and content -> the types of their values.
 _KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "reasoning_content": str,
     "tool_calls": (list, tuple),
@@ -483,7 +481,7 @@ _KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
 
 
 def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> None:
-    """Raises: MaskError, if a message is not a known role and a text, or holds what no mask
+    """Raises: MaskError, if a message is not a known role and a text, or has something that no mask
     covers.
     """
     for index, message in enumerate(messages):
@@ -492,7 +490,10 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
             raise MaskError(
                 f"message {index} has the role {role!r},"
                 f" expected one of {', '.join(ROLES)}; {describe_roles()}",
-                hint="rename the role in the data; who uses a tool or sets a scene can be a user",
+                hint=(
+                    "rename the role in the data, for example to `user` for a speaker who uses a"
+                    " tool or sets a scene"
+                ),
             )
         if not isinstance(content, str):
             raise MaskError(
@@ -508,8 +509,8 @@ def _check_characters(value: Any, what: str) -> None:
     half = next((found for found in halves if found), None)
     if half is not None:
         raise MaskError(
-            f"{what} holds {half.group()!r}, half of a character, which is no text",
-            hint="the file was written from text that was cut or decoded wrongly: write it again",
+            f"{what} holds {half.group()!r}, half of a character, which is not text",
+            hint="write the file again: its text was cut or decoded wrongly",
         )
 
 
@@ -527,17 +528,17 @@ def _check_keys(messages: Messages, index: int) -> None:
             f"{describe(messages, index)} has the keys {', '.join(wrong)},"
             " which a mask does not cover there",
             hint=(
-                "the assistant's are `reasoning_content`, a text, and `tool_calls`, a list;"
-                " anyone's `name`, and a tool's `tool_call_id`, texts"
+                "use only `reasoning_content` (a text) and `tool_calls` (a list) for the assistant,"
+                " `tool_call_id` (a text) for a tool, and `name` (a text) for any role"
             ),
         )
 
 
 def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:
-    """The characters of each turn's content, in printed order, if `text` is skeleton and contents
-    laid end to end.
+    """The characters of each turn's content, in printed order, if `text` is exactly the skeleton
+    and the contents laid end to end.
 
-    Raises: MaskError, naming the first place where it is not.
+    Raises: MaskError, naming the first place that differs.
     """
     contents: list[Interval] = []
     position = 0
@@ -556,14 +557,14 @@ def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:
 
 
 def _mismatch(what: str, expected: str, found: str) -> MaskError:
-    """The refusal of a text that does not follow its skeleton, showing both from shortly before
-    they part.
+    """The refusal of a text that does not follow its skeleton; shows both from shortly before they
+    differ.
     """
     return MaskError(
-        f"{what}: the chat template does not print this conversation as it prints others of the"
-        f" same roles, so no mask can be proven; {describe_difference(expected, found)}",
+        f"{what}: the chat template prints this conversation differently from others with the same"
+        f" roles, so no mask can be proven; {describe_difference(expected, found)}",
         hint=(
-            "the template looks into the content (think tags, tool markup, an empty turn): change"
-            " the row or template"
+            "change the row or the template: the template treats some content (think tags, tool"
+            " markup, an empty turn) differently"
         ),
     )

@@ -1,6 +1,6 @@
 """Orders the rows of several sources so that every prefix holds each source's share.
 
-Pure, and exact: shares are fractions, so the same rows come out everywhere.
+Pure and exact: shares are fractions, so every machine gets the same rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Row = TypeVar("Row")
 
 
 def count_shares(weights: Sequence[int | float], count: int) -> list[int]:
-    """How many of the first `count` rows come from each source.
+    """The number of rows from each source among the first `count` rows.
 
     >>> count_shares([1, 1, 2], 60), count_shares([0.7, 0.3], 5)
     ([15, 15, 30], [4, 1])
@@ -34,16 +34,17 @@ def interleave(
     *,
     names: Sequence[str] | None = None,
 ) -> list[tuple[int, Row]]:
-    """`(source, row)` of `count` rows, each source's in its own order.
+    """`(source, row)` for `count` rows; each source keeps its own order.
 
-    Of any first n rows, a source with the share w of all weights has more than n*w - 1 and fewer
-    than n*w + 1; fewer rows are a prefix of more. `names` are the sources' own, for errors.
+    Among the first n rows, for any n, a source with the share w of all weights has more than
+    n*w - 1 and fewer than n*w + 1 rows. Fewer rows are a prefix of more. `names` of the sources are
+    for errors.
 
     >>> interleave(["abcd", "xy"], [2, 1], 6)
     [(0, 'a'), (0, 'b'), (1, 'x'), (0, 'c'), (0, 'd'), (1, 'y')]
 
     Raises:
-        DataError: a source has fewer rows than its share; none is topped up by another.
+        DataError: a source has fewer rows than its share; another source does not fill the gap.
     """
     order = _order_sources(weights, count)
     named = names or [f"source {number}" for number in range(1, len(pools) + 1)]
@@ -57,7 +58,7 @@ def interleave(
         raise DataError(
             f"sources run out before there are {count} rows:\n"
             + "\n".join(f"  {line}" for line in short),
-            hint=f"ask for {largest} rows or fewer, or lower the shares of these sources",
+            hint=f"request {largest} rows or fewer, or lower the shares of these sources",
         )
     rows = [iter(pool) for pool in pools]
     return [(source, next(rows[source])) for source in order]
@@ -74,18 +75,18 @@ def _count_possible(pools: Sequence[Sequence[object]], order: Sequence[int]) -> 
 
 
 def _order_sources(weights: Sequence[int | float], count: int) -> list[int]:
-    """The source of each row, by the quota method of Balinski and Young (1975), which gives out
-    seats one after the other and never strays a whole seat from the exact share.
+    """The source of each row, by the quota method of Balinski and Young (1975), which assigns seats
+    one by one and never deviates from the exact share by a whole seat.
 
     The next row goes to the source whose next whole row is due first, among those that it would not
-    put a whole row ahead of their share; of equals, to the first.
+    put a whole row ahead of their share; ties go to the first source.
     """
     exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth
     whole = lcm(*(weight.denominator for weight in exact))
     parts = [int(weight * whole) for weight in exact]
     total = sum(parts)
     taken = [0] * len(parts)
-    due = [Fraction(1, part) for part in parts]  # of each source's next row
+    due = [Fraction(1, part) for part in parts]  # when each source's next row is due
     order = []
     for number in range(1, count + 1):
         behind = [one for one, part in enumerate(parts) if taken[one] * total < part * number]

@@ -1,7 +1,7 @@
-"""Rows come from files by way of our own source and of libraries; this says by which of them.
+"""Identifies the code that turns files into rows: our own source and the versions of libraries.
 
-It is found out when the module is imported, with the code that it speaks of: a worker lives while a
-checkout is edited or a library upgraded.
+It is determined when this module is imported, along with the code that it describes, because a
+worker may still run after a checkout was edited or a library upgraded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runner.errors import CorruptFileError
 from runner.files import hash_json, hash_sources, load_json
 from runner.recipe.identity import RULES
 
-# That read files, render chats, make tokens of them, or write what is stored.
+# Libraries that read files, render chats, tokenise them, or write stored rows.
 _LIBRARIES: Final = (
     "transformers",
     "tokenizers",
@@ -29,9 +29,9 @@ _LIBRARIES: Final = (
     "pydantic",
     "zstandard",
 )
-_NAME: Final = "recipe-runner"  # of the runner, as it is installed
-# Packages of the runner that read, draw, render, prove and mask; beside them its own files at the
-# top, on which these stand.
+_NAME: Final = "recipe-runner"  # of the runner's distribution
+# Packages of the runner that read, draw, render, prove and mask. Its top-level files, on which
+# these depend, are included too.
 PACKAGES: Final = ("data", "recipe")
 
 
@@ -46,21 +46,21 @@ def _list_versions() -> dict[str, str]:
 
 
 def _list_installed() -> list[str]:
-    """Names and versions of all that can be imported, as the names of folders say them."""
+    """Names and versions of everything that can be imported, from the names of folders."""
     folders = (Path(folder or ".") for folder in sys.path)
     return sorted({path.name for folder in folders for path in folder.glob("*.*-info")})
 
 
 def hash_installed() -> str:
-    """Of names and versions of all that was installed at the import and is now: what is imported
-    late, such as a function of the project, may be of either.
+    """A hash of the names and versions of everything installed at the import and now. Code that is
+    imported later, such as a function of the project, may use either.
     """
     return hash_json([_INSTALLED, _list_installed()])
 
 
 def list_editable() -> list[str]:
-    """Names of what is installed to be edited in place, but for the runner: its version stays the
-    same while its code changes, so that nobody knows what a function of the project imports.
+    """Names of editable installs, except the runner. Their code changes under the same version, so
+    it is unknown which code a function of the project imports.
     """
     names = set()
     for folder in {Path(folder or ".") for folder in sys.path}:
@@ -68,9 +68,9 @@ def list_editable() -> list[str]:
         for path in folder.glob("*.dist-info/direct_url.json"):
             try:
                 is_editable = load_json(path)["dir_info"].get("editable", False)
-            except (KeyError, AttributeError):  # of an archive, or a commit
+            except (KeyError, AttributeError):  # from an archive, or a commit
                 continue
-            except (CorruptFileError, OSError, TypeError):  # nobody can tell
+            except (CorruptFileError, OSError, TypeError):  # unknown, so it counts as editable
                 is_editable = True
             if is_editable:
                 names.add(path.parent.name.partition("-")[0].replace("_", "-"))

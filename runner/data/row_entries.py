@@ -1,10 +1,10 @@
-"""Masked rows of large data, kept as entries below the output root: found by all that they depend
-on, or drawn, masked and written.
+"""Masked rows of large data, stored as entries below the output root: found by a key of everything
+that they depend on, or else drawn, masked and written.
 
-The key names data by the hash of its files, not of its rows, so that who finds an entry reads no
-row. It is as strict as the rows' keys: files of the same bytes, read under the same section by the
-same source files and libraries, give the same rows in the same order. What is not pinned like that
-(a data set on the hub without a commit) is never stored.
+The key identifies data by the hash of its files, not of its rows, so a run that finds an entry
+reads no row. It is as strict as the rows' keys: files with the same bytes, read under the same
+section by the same source files and libraries, give the same rows in the same order. Data that
+cannot be pinned this way (a data set on the hub without a commit) is never stored.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from runner.files import MAX_ROWS_BYTES, hash_json, load_json, write_json_atomic
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import Loss
 
-MIN_STORED_ROWS: Final = 5_000  # drawn, of all splits; fewer are masked in less time than they save
+MIN_STORED_ROWS: Final = 5_000  # drawn, over all splits; storing fewer saves no time
 ROWS_PER_SHARD: Final = 4_000
-# From here on it pays to start processes, each of which imports libraries for some seconds.
+# Below this it does not pay to start processes, which import libraries for some seconds each.
 _MIN_ROWS_PER_PROCESS: Final = 2_500
 _LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
@@ -44,7 +44,7 @@ _SHARD: Final = re.compile(r"[a-z]+-[0-9]{5,}\.arrow")
 
 
 def count_stated_rows(recipe: Recipe) -> int | None:
-    """The rows of all splits that the recipe asks for; None where it takes all that are there."""
+    """The number of rows that the recipe requests in all splits; None if a split uses all rows."""
     data = recipe.data
     counts = (data.num_train_rows, data.num_validation_samples, data.num_test_samples)
     return None if None in counts else sum(count for count in counts if count is not None)
@@ -53,8 +53,8 @@ def count_stated_rows(recipe: Recipe) -> int | None:
 def build_parts(
     recipe: Recipe, tokenizer: Any, contents: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """Everything that the rows of a recipe depend on, of which an entry's name is the hash; None
-    where something is not pinned.
+    """Everything that the rows of a recipe depend on; its hash is the entry's name. None if
+    something is not pinned.
     """
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -63,26 +63,26 @@ def build_parts(
         return None
     return {
         "data": recipe.data.model_dump(mode="json"),
-        # A folder of rows may leave a choice only where the split is stated.
+        # A folder of rows may hold several splits only if the split is stated.
         "states_split": [source.states_split for source in recipe.data.sources.values()],
         "contents": named,
         "tokenizer": hash_tokenizer(tokenizer),
         "with_columns": bool(recipe.evaluation.metrics),
         "columns": [str(field) for field in SCHEMA],
         **PROVENANCE,
-        # What a function of the project imports beside its own files, nobody knows.
+        # It is unknown what a function of the project imports in addition to its own files.
         "installed": hash_installed() if _list_task_files(recipe) else None,
     }
 
 
 def pin_data(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str] | None:
-    """`path -> SHA-256` or commit of all that the rows are made of; None where one is not known."""
+    """`path -> SHA-256` or commit of everything that the rows come from; None if one is unknown."""
     pinned: dict[str, str | None] = {}
     for source in recipe.data.sources.values():
         is_commit = source.revision is not None and _COMMIT.fullmatch(source.revision)
         is_hub = source.path not in contents and not Path(source.path).exists()
         pinned[source.path] = source.revision if is_hub and is_commit else contents.get(source.path)
-    for path in _list_task_files(recipe):  # what they import of such packages, nobody knows
+    for path in _list_task_files(recipe):  # it is unknown what they import from editable packages
         pinned[path] = None if list_editable() else contents.get(path)
     known = {path: pin for path, pin in pinned.items() if pin is not None}
     return known if known.keys() == pinned.keys() else None
@@ -102,7 +102,7 @@ def load_entry(folder: Path) -> Samples:
     """The rows of an entry whose files have been compared with their checksums.
 
     Raises:
-        CorruptFileError: it is not what this version writes.
+        CorruptFileError: its content is not in the format of this version.
     """
     try:
         content = load_json(folder / "rows.json", MAX_ROWS_BYTES)
@@ -120,11 +120,11 @@ def _load_split(folder: Path, split: Mapping[str, Any], verified: Collection[str
     shards, dropped, facts = split["shards"], split["dropped"], split["facts"]
     for shard in shards:
         if shard not in verified or not _SHARD.fullmatch(shard):
-            raise ValueError(f"{shard!r} is no file of its manifest")
+            raise ValueError(f"{shard!r} is not listed in its manifest")
     if not isinstance(dropped, list) or not all(isinstance(one, str) for one in dropped):
-        raise ValueError(f"no rows were dropped by the names {dropped!r}")
+        raise ValueError(f"the ids of dropped rows are {dropped!r}")
     if any(not isinstance(facts[loss], dict) for loss in _LOSSES):
-        raise ValueError(f"nobody has described rows as {facts!r}")
+        raise ValueError(f"the facts about its rows are {facts!r}")
     return StoredSplit(StoredRows([folder / shard for shard in shards]), tuple(dropped), facts)
 
 
@@ -138,17 +138,17 @@ def write_rows(
     num_cores: int = 1,
     report: Callable[[int, int], None] = lambda num_done, num_rows: None,
 ) -> None:
-    """Mask the rows of each split and write them into a folder, by as many processes as pay on
-    `num_cores`; `with_columns` where metrics of the project judge answers. `report` is told how
-    many rows are done, and of how many, for each row or some times a second.
+    """Mask the rows of each split and write them to a folder, with as many processes as are useful
+    on `num_cores`; `with_columns` is needed if metrics of the project judge answers. `report` is
+    called with the numbers of finished and of all rows, for each row or several times a second.
 
     Raises:
-        DataError: as `build_samples`.
+        DataError: as in `build_samples`.
         OSError: the rows cannot be written, or a process was lost.
     """
     rows = {name: expand_turns(getattr(raw, name), work.data.turns) for name in SPLITS}
     tasks = {}
-    for name in SPLITS:  # nobody answers training rows
+    for name in SPLITS:  # training rows are not answered
         tasks[name] = _cut(folder / name, rows[name], with_columns and name != "train")
     num_rows = sum(map(len, rows.values()))
     outcomes = write_shards(
@@ -183,7 +183,7 @@ def write_rows(
 
 
 def _describe(rows: StoredRows, sign_of_life: Callable[[], None]) -> dict[Loss, dict[str, Any]]:
-    """`StoredSplit.facts`."""
+    """The content of `StoredSplit.facts`."""
 
     def walk() -> Iterator[Row]:
         for row in rows:
@@ -208,7 +208,7 @@ def _cut(stem: Path, rows: Sequence[RawRow], with_columns: bool) -> list[Task]:
 
 
 def _require(outcomes: Sequence[Outcome]) -> list[Shard]:
-    """All shards of a split. Raises: DataError, of the first row that has one."""
+    """All shards of a split. Raises: DataError, the first one among the outcomes."""
     shards = []
     for outcome in outcomes:
         if isinstance(outcome, DataError):

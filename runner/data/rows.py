@@ -1,5 +1,5 @@
-"""Tokenises and masks the rows of a run and fits them into `data.max_length`; what comes out is the
-same for every loss mode but for the labels.
+"""Tokenises and masks the rows of a run and fits them into `data.max_length`. Only the labels
+depend on the loss mode.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _NUM_SHOWN: Final = 5
 class Row:
     """One tokenised row of a split.
 
-    `spans` are its completions in `input_ids`: trained and scored turns with their ends; `contents`
-    are the tokens of each that hold at least one byte of what the row says, `num_bytes` counts
+    `spans` are its completions in `input_ids`: trained and scored turns with their ends. `contents`
+    are the tokens of each that hold at least one byte of the row's own text; `num_bytes` counts
     these bytes in UTF-8. `untrained` are turns of weight 0. A generated last completion is judged
-    against `references`, and by metrics of the project that see `columns`, all that the row says;
-    `where` names file and row in errors.
+    against `references`, and by metrics of the project, which get all `columns` of the row. `where`
+    names the file and row in errors.
     """
 
     row_id: str
@@ -55,13 +55,13 @@ class Row:
 
     @property
     def num_completion_tokens(self) -> int:
-        """Tokens of the completions that have a predecessor, so that a model can be scored on
+        """The number of completion tokens that have a predecessor, so a model can be scored on
         them.
         """
         return sum(span.end - max(span.start, 1) for span in self.spans)
 
     def count_labels(self, loss: Loss) -> int:
-        """Tokens with a label that enter the loss: the first of a row has no prediction."""
+        """Count the labels that enter the loss; the first token of a row has no prediction."""
         trained = list_trained(len(self.input_ids), self.spans, loss, self.untrained)
         return sum(max(0, end - max(start, 1)) for start, end in trained)
 
@@ -80,7 +80,7 @@ class Split:
     dropped: tuple[str, ...]
 
     def list_lengths(self) -> list[int]:
-        """The tokens of each row."""
+        """The number of tokens of each row."""
         return [len(row.input_ids) for row in self.rows]
 
     def list_ids(self) -> list[str]:
@@ -88,7 +88,7 @@ class Split:
         return [row.row_id for row in self.rows]
 
     def describe(self, loss: Loss) -> dict[str, Any]:
-        """The part of `samples.json` that is about this split."""
+        """The part of `samples.json` about this split."""
         groups = [row.group for row in self.rows]
         return describe_split(self.rows, [loss], self.list_ids(), groups, self.dropped)[loss]
 
@@ -105,11 +105,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class FittedRow:
-    """One row as it is cut to `data.max_length`, and the conversation that it was cut from.
+    """One row, cut to `data.max_length`, and the conversation that it was cut from.
 
-    `row` is None where the row does not fit. `raw` and `masked` are what `data.truncation:
-    turns_left` left of the conversation, else the whole of it; `prompt_left` takes `num_cut` tokens
-    behind the first `num_kept`.
+    `row` is None if the row does not fit. `raw` and `masked` are the part of the conversation that
+    `data.truncation: turns_left` kept, else the whole of it. `prompt_left` removes `num_cut` tokens
+    after the first `num_kept`.
     """
 
     row: Row | None
@@ -122,7 +122,7 @@ class FittedRow:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the whole conversation."""
+        """The number of tokens of the whole conversation."""
         return len(self.whole_ids)
 
 
@@ -133,14 +133,14 @@ def build_samples(
     *,
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> Samples:
-    """Everything that a run trains and evaluates on, tokenised under the tokenizer's chat template.
+    """All rows that a run trains and evaluates on, tokenised under the tokenizer's chat template.
 
-    `raw` saves drawing the rows again where several models share them. `sign_of_life` is called for
+    `raw` avoids drawing the rows again if several models share them. `sign_of_life` is called for
     each row.
 
     Raises:
         DataError: a row cannot be rendered, masked or fitted into `data.max_length`, or is the same
-            text as one of another split; the first few are named.
+            text as a row of another split; the first few are named.
     """
     masker = ConversationMasker(tokenizer)
     raw = raw or draw_splits(data)
@@ -157,14 +157,14 @@ def build_samples(
     return Samples(**splits, left_out=raw.left_out)
 
 
-# Where a row comes from, and what only rows of the same tokens have in common.
+# The place of a row, and a value that is equal only for rows with the same tokens.
 Origin = tuple[str, Hashable]
 
 
 @dataclass(frozen=True)
 class MaskedRows:
-    """What has become of rows that were drawn: those that fit, where they come from, and the places
-    of the others among all that were given, with their tokens.
+    """The outcome of masking drawn rows: the rows that fit, their origins, and for each row that is
+    too long its index among the given rows and its number of tokens.
     """
 
     rows: list[Row]
@@ -179,9 +179,9 @@ def mask_rows(
     bos_token_id: int | None,
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> MaskedRows:
-    """The rows as a run uses them, in their order; `sign_of_life` is called before each.
+    """The rows as a run uses them, in order; `sign_of_life` is called before each.
 
-    Raises: MaskError, as `fit_row`.
+    Raises: MaskError, as in `fit_row`.
     """
     masked = MaskedRows([], [], [])
     for at, raw in enumerate(raw_rows):
@@ -191,16 +191,16 @@ def mask_rows(
             masked.too_long.append((at, fitted.num_tokens))
             continue
         masked.rows.append(fitted.row)
-        if raw.is_last_turn:  # many conversations begin alike
-            # A hash, since the tokens of all rows would be held otherwise.
+        if raw.is_last_turn:  # many conversations have the same beginning
+            # A hash, because the tokens of all rows would take too much memory.
             digest = hashlib.sha256(array("i", fitted.whole_ids).tobytes()).digest()
             masked.origins.append((raw.where, digest))
     return masked
 
 
 def expand_turns(rows: Iterable[RawRow], turns: Turns) -> list[RawRow]:
-    """The rows under `data.turns`, which says what of a conversation is a completion: `all` turns
-    of weight 1, the `last` of them, or each in a row of its own that ends with it (`split`).
+    """The rows under `data.turns`, which selects the completions of a conversation: `all` turns of
+    weight 1, only the `last` of them, or each in a separate row that ends with it (`split`).
     """
     if turns == "all":
         return list(rows)
@@ -230,7 +230,7 @@ def fit_row(
 
     Raises:
         MaskError: the row cannot be proven, begins with BOS twice, or has an earlier turn that the
-            template does not print as the model would write it; names the row.
+            template does not print as the model would write it. The error names the row.
     """
     try:
         masked = _mask(raw, masker, data)
@@ -239,8 +239,11 @@ def fit_row(
     if bos_token_id is not None and masked.input_ids[:2] == (bos_token_id, bos_token_id):
         raise MaskError(
             f"{raw.where}: begins with the BOS token twice,"
-            " as no text does that a model was trained on",
-            hint="the content begins with it, or the chat template prints it twice",
+            " unlike any text that a model was trained on",
+            hint=(
+                "remove it from the start of the content, or from the chat template if the chat"
+                " template prints it twice"
+            ),
         )
     whole = masked.input_ids
     if len(whole) <= data.max_length or data.truncation not in ("prompt_left", "turns_left"):
@@ -264,10 +267,10 @@ def _mask(raw: RawRow, masker: ConversationMasker, data: DataSection) -> MaskedC
                 f" write it: {completion.rewritten}",
                 hint=(
                     "`data.turns: last` trains and scores the last answer only, `data.turns: split`"
-                    " makes each answer a row of its own, with its history as the template prints"
-                    " it then"
+                    " makes each answer a separate row, with its history as the template prints it"
+                    " at that point"
                     if data.turns == "all"
-                    else "end the conversation with the turn that is to be trained"
+                    else "end the conversation with the turn to train"
                 ),
             )
     return masked
@@ -276,8 +279,8 @@ def _mask(raw: RawRow, masker: ConversationMasker, data: DataSection) -> MaskedC
 def _build_row(
     raw: RawRow, masked: MaskedConversation, ids: tuple[int, ...], cut: int, num_kept: int
 ) -> Row | None:
-    """The row of what is left of a conversation when `cut` tokens behind the first `num_kept` are
-    gone; None where no completion is.
+    """The row that is left of a conversation without the `cut` tokens after the first `num_kept`;
+    None if no completion is left.
 
     Completions that lose a token or their whole prompt are not trained on.
     """
@@ -313,8 +316,8 @@ def _shift(span: CompletionSpan, cut: int) -> CompletionSpan:
 def _cut_turns(
     raw: RawRow, masker: ConversationMasker, data: DataSection, whole: MaskedConversation
 ) -> FittedRow:
-    """The row without its first rounds: the fewest whole rounds (a user's message and what answers
-    it) whose loss lets it fit. A system text stays.
+    """The row without its first rounds. It loses as few whole rounds (a user's message and its
+    answers) as possible to fit. A system text stays.
     """
     num_head = 0
     while raw.messages[num_head]["role"] in ("system", "developer"):
@@ -344,8 +347,8 @@ def _cut_turns(
 
 
 def refuse_same_tokens(origins: Mapping[str, Iterable[tuple[str, Hashable]]]) -> None:
-    """Raises: DataError, if rows of two splits are the same tokens, though their columns differ:
-    what is tested would have been trained on. `origins` has `(where, tokens)` of each row.
+    """Raises: DataError, if rows of two splits have the same tokens although their columns differ:
+    a test row would also be a training row. `origins` has `(where, tokens)` of each row.
     """
     seen: dict[Hashable, tuple[str, str]] = {}
     same: list[str] = []
@@ -361,7 +364,7 @@ def refuse_same_tokens(origins: Mapping[str, Iterable[tuple[str, Hashable]]]) ->
             f"{len(same)} rows of one split become the same tokens as a row of another:\n{shown}"
             + more,
             hint=(
-                "remove one of each pair from the data, name the columns that tell them apart in"
+                "remove one of each pair from the data, list the columns in which they differ in"
                 " `data.ignore`, or give both the same value in `data.group_column`"
             ),
         )
@@ -370,8 +373,8 @@ def refuse_same_tokens(origins: Mapping[str, Iterable[tuple[str, Hashable]]]) ->
 def refuse_too_long(
     too_long: Sequence[tuple[RawRow, int]], num_fitting: int, split: str, data: DataSection
 ) -> None:
-    """Raises: DataError, if rows do not fit and may not be dropped, or if none fits; `too_long` has
-    their tokens.
+    """Raises: DataError, if rows do not fit and may not be dropped, or if no row fits; `too_long`
+    has their numbers of tokens.
     """
     if too_long and data.truncation != "drop":
         shown = "\n".join(f"  {raw.where}: {length} tokens" for raw, length in too_long[:5])
@@ -388,7 +391,7 @@ def refuse_too_long(
             hint=(
                 f"set `data.max_length: {longest}`, or `data.truncation: turns_left` (cuts the"
                 " first rounds), `prompt_left` (cuts prompts, keeps completions) or `drop` (leaves"
-                " such rows out, counted)"
+                " such rows out and counts them)"
             ),
         )
     if not num_fitting:
@@ -398,7 +401,7 @@ def refuse_too_long(
 
 
 def describe_samples(samples: Samples, loss: Loss) -> dict[str, Any]:
-    """The content of `samples.json`: two arms saw the same rows exactly when their `input_ids_hash`
+    """The content of `samples.json`. Two arms saw the same rows exactly if their `input_ids_hash`
     are equal. `ids_hash` does not depend on the order.
     """
     splits = {name: getattr(samples, name).describe(loss) for name in SPLITS}
@@ -421,8 +424,8 @@ def describe_split(
     groups: Sequence[str],
     dropped: Sequence[str],
 ) -> dict[Loss, dict[str, Any]]:
-    """The part of `samples.json` that is about one split, under each loss. The rows are gone
-    through once, and none of them is held.
+    """The part of `samples.json` about one split, under each loss. Iterates over the rows once and
+    keeps none of them.
     """
     counts = dict.fromkeys(_COUNTS, 0)
     num_labels = dict.fromkeys(losses, 0)
@@ -464,26 +467,26 @@ _COUNTS: Final = (
 
 
 class _ListHash:
-    """`hash_json` of a list, of which only one item is there at a time."""
+    """`hash_json` of a list, with only one item in memory at a time."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256(b"[")
         self._separator = ""
 
     def add(self, item: str) -> None:
-        """One more item, as compact JSON."""
+        """Add one more item, given as compact JSON."""
         self._hash.update(f"{self._separator}{item}".encode())
         self._separator = ","
 
     def hexdigest(self) -> str:
-        """The hash, when all items were added."""
+        """The hash, after all items were added."""
         whole = self._hash.copy()
         whole.update(b"]")
         return whole.hexdigest()
 
 
 def _write_mask(num_tokens: int, trained: Sequence[tuple[int, int]]) -> str:
-    """Whether each token has a label, as compact JSON.
+    """A compact JSON list with `true` for each token that has a label.
 
     >>> _write_mask(4, [(1, 3)])
     '[false,true,true,false]'

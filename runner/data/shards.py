@@ -1,7 +1,7 @@
-"""Masks rows that were drawn and writes them in shards, by several processes where cores are free.
+"""Masks drawn rows and writes them in shards, with several processes if cores are free.
 
-The processes are programs of their own, not forks: nothing of the trainer's libraries and devices
-is in them. They are told in pickles, over a socket of which both ends are ours.
+The processes are separate programs, not forks, so they hold none of the trainer's libraries and
+devices. They get pickles over a socket; both ends of it belong to the runner.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from runner.files import hash_json
 from runner.recipe.data_section import DataSection
 from runner.recipe.schema import ModelSection
 
-_SIGN_SECONDS: Final = 0.5  # between two words of how far a process is
+_SIGN_SECONDS: Final = 0.5  # between two progress messages of a process
 
 
 @dataclass(frozen=True)
 class Work:
-    """How rows are to be masked."""
+    """The settings for masking rows."""
 
     data: DataSection
     model: ModelSection
@@ -42,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to mask, and the file for those which fit; `with_columns` for metrics of the project."""
+    """Rows to mask, and the file for those that fit; `with_columns` for metrics of the project."""
 
     path: Path
     rows: Sequence[RawRow]
@@ -51,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Shard:
-    """What has become of the rows of a task: as `MaskedRows`, with the rows in a file."""
+    """The outcome of a task: the same as `MaskedRows`, with the rows in a file."""
 
     num_rows: int
     origins: list[Origin]
@@ -70,7 +70,7 @@ class ShardWriter:
         """Write one shard; `sign_of_life` is called before each row.
 
         Raises:
-            DataError: a row cannot be masked, or not be stored.
+            DataError: a row cannot be masked or stored.
             OSError: the shard cannot be written.
         """
         from runner.data.stored_rows import write_shard
@@ -91,8 +91,8 @@ def write_shards(
     num_processes: int,
     report: Callable[[int], None],
 ) -> list[Outcome]:
-    """What came of each task, in order; of those behind one that failed, perhaps nothing. `report`
-    is called with the number of rows that were masked so far, several times a second.
+    """The outcome of each task, in order; tasks after one that failed may have none. `report` is
+    called with the number of rows masked so far, several times a second.
 
     Raises:
         OSError: a shard cannot be written, or a process was lost.
@@ -160,28 +160,28 @@ def _write_in_children(
 
 
 def _identify(tokenizer: Any) -> str:
-    """What must be the same in every process: the tokenizer's files, our own and those of libraries
-    may have changed since this one has read them.
+    """A hash that must be the same in every process: the files of the tokenizer, the runner or
+    libraries may have changed since this process read them.
     """
     return hash_json([hash_tokenizer(tokenizer), PROVENANCE])
 
 
 def _lighten(task: Task) -> Task:
-    """The task without what nobody will store."""
+    """The task without columns that will not be stored."""
     if task.with_columns:
         return task
     return replace(task, rows=[replace(row, columns={}) for row in task.rows])
 
 
 class _Child:
-    """One process: it says what it masks with, then, of each task, numbers of rows that it
-    has masked since its last words, and in the end a `Shard` or an error.
+    """One process. It first sends a hash of its tokenizer and libraries. For each task, it sends
+    the numbers of rows masked since its last message, and finally a `Shard` or an error.
     """
 
     def __init__(self, work: Work) -> None:
         own = str(Path(__file__).resolve().parent.parent.parent)
         found = os.environ.get("PYTHONPATH")
-        # One core each, and none of the devices.
+        # One core each, and no devices.
         alone = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         path = {"PYTHONPATH": os.pathsep.join(filter(None, [found, own]))}
         ours, theirs = socket.socketpair()
@@ -204,8 +204,8 @@ class _Child:
         self.connection.close()
 
     def send(self, message: Any) -> None:
-        """Raises: OSError, where it has ended, or where a row is made of something that no other
-        process can be sent.
+        """Raises: OSError, if the process has ended, or a row holds something that cannot be sent
+        to another process.
         """
         try:
             self.connection.send(message)
@@ -213,7 +213,7 @@ class _Child:
             raise OSError(f"a row cannot be sent to another process: {error}") from None
 
     def receive(self) -> Any:
-        """Its next words. Raises: OSError, where it has ended, for want of memory perhaps."""
+        """Its next message. Raises: OSError, if it has ended, perhaps because memory ran out."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionError):
@@ -222,7 +222,7 @@ class _Child:
 
 
 def serve(connection: Connection) -> None:
-    """In the child: do tasks until the parent has no more."""
+    """In the child: work on tasks until the parent has no more."""
     data, model = connection.recv()
     work = Work(DataSection.model_validate_json(data), ModelSection.model_validate_json(model))
     tokenizer = load_tokenizer(work.model)
@@ -242,19 +242,19 @@ def serve(connection: Connection) -> None:
 
 
 class _Counter:
-    """Says at times how many rows there were since the last words."""
+    """Sends the number of rows since the last message from time to time."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._num_rows, self._said_at = 0, time.monotonic()
 
     def count(self) -> None:
-        """One more row."""
+        """Count one more row."""
         self._num_rows += 1
         if time.monotonic() - self._said_at > _SIGN_SECONDS:
             self.say()
 
     def say(self) -> None:
-        """Say it now."""
+        """Send the number now."""
         self._connection.send(self._num_rows)
         self._num_rows, self._said_at = 0, time.monotonic()

@@ -1,7 +1,7 @@
 """The skeleton of a sequence of roles: a chat template's own text around plain contents, found by
 rendering sentinels in their place.
 
-Owns what is printed between contents, what is stripped from them, and where a completion starts.
+Owns the text between contents, the whitespace stripped from them, and the start of a completion.
 Does not own the proof that a row follows its skeleton: that is `masking.py`.
 """
 
@@ -25,24 +25,23 @@ from runner.data.chat_template import (
 )
 from runner.data.turn_ends import TurnText, find_end
 
-# Whitespace laid around a sentinel to see what the template strips; the outermost character is a
-# newline, so that `strip()` and `strip('\n')` leave different remains.
+# Whitespace around a sentinel shows what the template strips. The outermost character is a newline,
+# so `strip()` and `strip('\n')` leave different remains.
 _LEFT_PAD, _RIGHT_PAD = "\n \t", " \t\n"
 # Arguments of str.lstrip and str.rstrip: nothing, all whitespace, newlines only.
 _STRIP_CHARS: Final[tuple[str | None, ...]] = ("", None, "\n")
 
-# One entry per message: its role, and its content where that stands as it is, None where a sentinel
-# stands for it.
+# One entry per message: its role, and its content, or None if a sentinel replaces the content.
 Shape = tuple[tuple[str, str | None], ...]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message's place in a skeleton, and how much template text around its content is trained
-    on.
+    """One message's place in a skeleton, and the amount of template text around its content that is
+    trained on.
 
-    `refusal` says why an assistant's turn cannot be trained on; `rewritten`, how it differs from
-    the same turn at the end of a conversation, if it does.
+    `refusal` is the reason why an assistant's turn cannot be trained on. `rewritten` describes the
+    difference from the same turn at the end of a conversation, if there is one.
     """
 
     message: int
@@ -75,15 +74,15 @@ class Skeleton:
 
 
 class Skeletons:
-    """The skeletons of one chat template that were found so far, one per sequence of roles."""
+    """The skeletons of one chat template found so far, one per sequence of roles."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._found: dict[Shape, Skeleton] = {}
 
     def find(self, shape: Shape) -> Skeleton:
-        """The skeleton of a sequence of roles, found once. Raises: MaskError, if the template has
-        none.
+        """The skeleton of a sequence of roles, computed once. Raises: MaskError, if the template
+        has none.
         """
         if shape not in self._found:
             self._found[shape] = self._find(shape)
@@ -94,8 +93,8 @@ class Skeletons:
             return self._build(shape, METHOD_TEXT)
         except MaskError as error:
             refusal = error
-        # Templates of vision models print nothing of a plain string. One that prints a list as
-        # Python source is not theirs.
+        # Templates of vision models print nothing for a plain string. A template that prints a list
+        # as Python source is not one of them.
         try:
             skeleton = self._build(shape, METHOD_PARTS)
         except MaskError:
@@ -130,7 +129,7 @@ class Skeletons:
         return Skeleton(texts, tuple(turns), method)
 
     def _find_bounds(self, turn: Turn, place: TurnText, text: str, gap: tuple[int, int]) -> Turn:
-        """The assistant turn with what of the template's text belongs to it."""
+        """The assistant turn with the parts of the template's text that belong to it."""
         try:
             num_tail_chars, end_token = find_end(self._template, place)
         except MaskError as refusal:
@@ -144,15 +143,15 @@ class Skeletons:
         )
 
     def _find_rewriting(self, place: TurnText) -> str | None:
-        """How the turn differs from the same one at the end of a conversation, None if it does
-        not.
+        """Describe the difference from the same turn at the end of a conversation; None if there is
+        none.
         """
         if place.index == len(place.chat) - 1:
             return None
         with suppress(MaskError):
             text = self._template.render(place.chat[: place.index + 1], place.method)
             found = text.partition(place.mark)[0]
-            # What stands between the message printed before and this one.
+            # The text between the message printed before and this one.
             ends = [
                 found.rfind(message["content"]) + len(message["content"])
                 for message in place.chat[: place.index]
@@ -171,11 +170,11 @@ class Skeletons:
         texts: tuple[str, ...],
         method: str,
     ) -> list[Turn]:
-        """The turns in printed order, with what the template strips of each, seen from padded
-        sentinels.
+        """The turns in printed order, with the whitespace that the template strips from each, found
+        with padded sentinels.
 
-        Every second turn is padded at a time, so that a gap between sentinels shows the remains of
-        one pad only. A template that does anything else to whitespace counts as verbatim here; the
+        Every second turn is padded at a time, so a gap between sentinels shows the remains of only
+        one pad. A template that treats whitespace in any other way counts as verbatim here; the
         proof of each row decides.
         """
         turns = [Turn(index) for index in order]
@@ -204,14 +203,13 @@ class Skeletons:
     def _num_lead_chars(
         self, chat: Messages, index: int, text: str, gap: tuple[int, int], method: str
     ) -> int:
-        """How many characters before an assistant content the model writes itself; `gap` is the
-        text before it.
+        """The number of characters before an assistant content that the model writes itself; `gap`
+        is the text before it.
 
-        Generation starts behind the generation prompt, so what the template prints between that and
-        the content (an empty think block, a channel header) is the model's to write. Where the
-        template has no generation prompt that can only be a space: anything else is a role header.
-        Where the text does not go on from the generation prompt, the completion starts with its
-        content.
+        Generation starts after the generation prompt, so the model writes the text between the
+        prompt and the content (an empty think block, a channel header). If the template has no
+        generation prompt, that text can only be a space: anything else is a role header. If the
+        rendering does not continue the generation prompt, the completion starts with its content.
         """
         try:
             prompt = self._template.render(chat[:index], method, add_generation_prompt=True)
@@ -230,9 +228,9 @@ class Skeletons:
 
 
 def prints_prompt_unasked(render: Callable[[Messages], str], chat: Messages) -> bool:
-    """True where a template ends a conversation with its generation prompt although nobody asked
-    for one (Cohere's Command R7B and Command A): what is printed behind the last text is another
-    thing as soon as a user speaks next.
+    """True if a template ends a conversation with its generation prompt although none was requested
+    (Cohere's Command R7B and Command A). The text after the last content then changes as soon as a
+    user speaks next.
     """
     last = chat[-1]["content"] if chat else ""
     try:
@@ -245,20 +243,21 @@ def prints_prompt_unasked(render: Callable[[Messages], str], chat: Messages) -> 
 
 
 def describe_rewriting(here: str, alone: str) -> str:
-    """How a turn is printed, and how at the end of a conversation; from shortly before they part.
+    """Both printed forms of a turn, here and at the end of a conversation, from shortly before they
+    differ.
 
     >>> describe_rewriting("<a>x", "<a><think>x")
-    "is printed with '<a>x', at the end of a conversation with '<a><think>x'"
+    "it is printed as '<a>x', but at the end of a conversation as '<a><think>x'"
     """
     begin = max(0, len(common_prefix(here, alone)) - 20)
     return (
-        f"is printed with {quote(here[begin:])},"
-        f" at the end of a conversation with {quote(alone[begin:])}"
+        f"it is printed as {quote(here[begin:])},"
+        f" but at the end of a conversation as {quote(alone[begin:])}"
     )
 
 
 def _gaps(text: str, marks: Sequence[str]) -> tuple[str, ...]:
-    """The texts before, between and behind sentinels that stand in `text` once each, in this order.
+    """The texts before, between and after sentinels that occur in `text` once each, in this order.
 
     >>> _gaps("<u>A<m>B.", ["A", "B"])
     ('<u>', '<m>', '.')

@@ -1,5 +1,5 @@
-"""Reads the rows of a data source, local or on the hub, as they are; nothing here knows what the
-columns mean.
+"""Reads the rows of a data source, local or on the hub, as they are; nothing here knows the meaning
+of columns.
 
 `recipe.data_files` decides which local files a source means, `formats` reads one of them.
 """
@@ -26,8 +26,8 @@ _NETWORK_TIMEOUT_SECONDS: Final = 5.0
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of a source, to be read once, and the names of what stands beside them and is not
-    read, by reason; `skipped` is whole when all rows have been read.
+    """The rows of a source, which can be read once, and the names of content next to them that is
+    not read, by reason. `skipped` is complete once all rows have been read.
     """
 
     rows: Rows
@@ -37,7 +37,7 @@ class SourceRows:
         return self.rows
 
     def count_skipped(self) -> Mapping[str, int]:
-        """What is not read, in words that name the first few, and how many that are."""
+        """The number of skipped names for each reason; the reason lists the first few."""
         return {
             f"{reason} ({describe_files(names)})": len(names)
             for reason, names in self.skipped.items()
@@ -48,7 +48,7 @@ def load_rows(source: DataSource) -> SourceRows:
     """`(where, row)` for every row of a local file, a folder of files, or a data set on the hub, in
     file order.
 
-    Raises: DataError, here for a source that leaves open what it means, and while rows are read.
+    Raises: DataError, here if the source is ambiguous, and later while rows are read.
     """
     path = Path(source.path)
     if not path.exists():
@@ -75,17 +75,16 @@ def list_hub_splits(name: str) -> list[str]:
 
     try:
         return [str(split) for split in datasets.get_dataset_split_names(name)]
-    except Exception as error:  # of a dozen kinds, as below
+    except Exception as error:  # a dozen kinds, as below
         raise DataError(
             f"the data set {name!r} cannot be looked up on the hub: {type(error).__name__}: {error}"
         ) from None
 
 
 def go_offline_without_network() -> None:
-    """Look at what is cached only where the hub cannot be reached: its client would retry for 46 s
-    per model.
+    """Use only the cache if the hub cannot be reached: its client would retry for 46 s per model.
 
-    Works before the client is imported, which reads the variable once.
+    Has an effect only before the client is imported, which reads the variable once.
     """
     is_decided = any(
         name in os.environ for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY")
@@ -98,18 +97,18 @@ def go_offline_without_network() -> None:
             (url.hostname or "", url.port or 443), timeout=_NETWORK_TIMEOUT_SECONDS
         ).close()
     except OSError as error:
-        print(f"{url.hostname} cannot be reached ({error}): only what is cached", file=sys.stderr)
+        print(f"{url.hostname} cannot be reached ({error}): using only the cache", file=sys.stderr)
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _load_saved(folder: Path) -> Rows:
-    """The rows of what `save_to_disk` has written."""
+    """The rows of a data set that `save_to_disk` has written."""
     import datasets
 
     try:
         rows = datasets.load_from_disk(str(folder))
         yield from ((f"{folder} row {number}", row) for number, row in enumerate(rows, start=1))
-    except Exception as error:  # of a dozen kinds, as below, and some only when a row is read
+    except Exception as error:  # a dozen kinds, as below, some only when a row is read
         raise DataError(
             f"{folder}: cannot be read as a data set that `save_to_disk` has written:"
             f" {type(error).__name__}: {error}"
@@ -132,7 +131,7 @@ def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
             f"cannot load the data set {source.path!r}, split {source.split!r}:"
             f" {type(error).__name__}: {error}",
             hint=(
-                "give a local file in `data.train.path`, or check the hub id,"
+                "name a local file in `data.train.path`, or check the hub id,"
                 " its split, and the network"
             ),
         ) from error
@@ -142,8 +141,8 @@ def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
 
 
 def _load_at_commit(source: DataSource, commit: str) -> Any:
-    """The rows at a commit: out of the cache, where nobody is asked, else of the hub. `datasets`
-    would take the rows that it prepared last, of whatever commit, wherever the hub does not answer.
+    """The rows at a commit, from the cache without a request, else from the hub. If the hub does
+    not answer, `datasets` would use the rows that it prepared last, at any commit.
     """
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
@@ -163,16 +162,14 @@ def _load_at_commit(source: DataSource, commit: str) -> Any:
     if builder.hash != commit:
         raise FileNotFoundError(
             f"the commit {commit} is not in the cache, which has {builder.hash}, and the hub does"
-            " not give it"
+            " not provide it"
         )
     builder.download_and_prepare()
     return builder.as_dataset(split=source.split)
 
 
 def _choose_prepared(source: DataSource, commit: str) -> Path | None:
-    """The folder of prepared rows of the config that the source means; None where that is not to be
-    told from what is cached.
-    """
+    """The folder of prepared rows of the source's config; None if the cache does not contain it."""
     by_config = {folder.parts[-3]: folder for folder in find_prepared(source.path, commit)}
     if not by_config:
         return None
@@ -180,7 +177,7 @@ def _choose_prepared(source: DataSource, commit: str) -> Path | None:
 
 
 def _find_default_config(name: str, commit: str) -> str:
-    """The config of who states none, as the data set's README has it."""
+    """The config of a source that states none, according to the data set's README."""
     from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard, try_to_load_from_cache

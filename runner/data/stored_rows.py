@@ -1,8 +1,8 @@
-"""Tokenised rows in files of columns: written once, then mapped into memory by every process that
+"""Tokenised rows in columnar files: written once, then mapped into memory by every process that
 reads them.
 
-Owns the columns, and rows that are built when they are asked for. `row_entries` decides when rows
-are stored and which are found again.
+Owns the columns, and builds rows on access. `row_entries` decides when rows are stored and which
+are found again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from runner.data.rows import Row, Split
 from runner.functions import as_json
 from runner.recipe.schema import Loss
 
-# Texts as bytes: half a character, which a JSON file may hold, is no UTF-8.
+# Texts as bytes: half a character, which a JSON file may contain, is not valid UTF-8.
 _TEXT: Final = pa.binary()
 _NUMBERS: Final = pa.list_(pa.int32())
-# Places of completions: the start and the end of each, one after the other.
+# Spans of tokens are stored as the start and the end of each, one after the other.
 SCHEMA: Final = pa.schema(
     {
         "row_id": _TEXT,
@@ -40,22 +40,22 @@ SCHEMA: Final = pa.schema(
         "num_bytes": pa.int64(),
         "is_truncated": pa.bool_(),
         "references": pa.list_(_TEXT),
-        "columns": _TEXT,  # JSON; null where nobody will look at them
+        "columns": _TEXT,  # JSON; null if they are not needed
     }
 )
 _BATCH_ROWS: Final = 1000
-# What a row takes on disk: its tokens, and about as much for names and places, references not
-# counted.
+# The size of a row on disk: its tokens, and about this much for names and places, without
+# references.
 BYTES_PER_TOKEN: Final = 4
 BYTES_PER_ROW: Final = 300
 
 
 def write_shard(path: Path, rows: Sequence[Row], *, with_columns: bool) -> None:
-    """Write rows as one file, a stream of Arrow; `with_columns` for metrics of the project.
+    """Write rows to one file, an Arrow stream; `with_columns` for metrics of the project.
 
     Raises:
-        DataError: a column holds bytes, which no metric can be given.
-        OSError: it cannot be written.
+        DataError: a column holds bytes, which cannot be passed to a metric.
+        OSError: the file cannot be written.
     """
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
         for start in range(0, len(rows), _BATCH_ROWS):
@@ -80,7 +80,7 @@ def _build_columns(rows: Sequence[Row], with_columns: bool) -> list[Any]:
 
 
 def _say(row: Row) -> bytes:
-    """What a row says as its metrics will get it."""
+    """The row's columns in the form that metrics will get."""
     return json.dumps(as_json(row.columns, row.where)).encode()
 
 
@@ -101,10 +101,10 @@ def _unflatten(bounds: Sequence[int]) -> tuple[CompletionSpan, ...]:
 
 
 class StoredRows(Sequence[Row]):
-    """The rows of some shards, in order. The files stay mapped; a row is built when it is asked
-    for, and is another object each time.
+    """The rows of some shards, in order. The files stay mapped. A row is built on each access, as a
+    new object.
 
-    Raises: ValueError, OSError, if a file is no such shard.
+    Raises: ValueError, OSError, if a file is not a shard.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -123,32 +123,32 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
         if isinstance(index, slice):
             return tuple(self[at] for at in range(*index.indices(len(self))))
-        at = range(len(self))[index]  # an IndexError where it is none, which ends iterations
+        at = range(len(self))[index]  # raises IndexError beyond the end, which ends iterations
         number = bisect_right(self._starts, at) - 1
         return self._batches[number].build_row(at - self._starts[number])
 
     def list_texts(self, column: str) -> list[str]:
-        """One column of texts."""
+        """The texts of one column."""
         return [_decode(text) for one in self._batches for text in one.column(column).to_pylist()]
 
     def list_lengths(self) -> list[int]:
-        """The tokens of each row."""
+        """The number of tokens of each row."""
         lengths = [np.diff(one.offsets("input_ids")) for one in self._batches]
         return [length for some in lengths for length in some.tolist()]
 
     def build_dataset(self, loss: Loss, padding: Sequence[Sequence[int]]) -> Any:
-        """A `datasets.Dataset` of `input_ids` and `labels`, and behind them rows without labels.
+        """A `datasets.Dataset` of `input_ids` and `labels`, followed by padding without labels.
 
-        It is of the same mapped files, which may be gone by now. What is said of labels there are
-        the places that have one, or under the full loss those that have none; they are written out
-        when rows are read.
+        It uses the same mapped files, which may have been deleted by now. Its column `labels` holds
+        the spans that have labels, or under the full loss those that have none; they are expanded
+        to labels when rows are read.
         """
         from datasets import Dataset, concatenate_datasets
         from datasets.table import MemoryMappedTable
 
         places = "untrained" if loss == "full" else "spans"
         parts = [
-            # Without a fingerprint, one would be made of the file.
+            # Without a fingerprint, `datasets` would compute one from the file.
             Dataset(
                 MemoryMappedTable(table, str(path)), fingerprint=f"{path.parent.name}-{path.name}"
             )
@@ -164,14 +164,14 @@ class StoredRows(Sequence[Row]):
 
 
 def list_lengths(rows: Sequence[Row]) -> list[int]:
-    """The tokens of each row; none is built for it."""
+    """The number of tokens of each row, without building rows."""
     if isinstance(rows, StoredRows):
         return rows.list_lengths()
     return [len(row.input_ids) for row in rows]
 
 
 def _write_labels(columns: Mapping[str, Any], *, loss: Loss) -> dict[str, Any]:
-    """Rows of `StoredRows.build_dataset` as a trainer takes them."""
+    """Rows of `StoredRows.build_dataset`, with their labels expanded for a trainer."""
     labels = []
     for input_ids, bounds in zip(columns["input_ids"], columns["labels"], strict=True):
         places = _unflatten(bounds)
@@ -181,7 +181,7 @@ def _write_labels(columns: Mapping[str, Any], *, loss: Loss) -> dict[str, Any]:
 
 
 class _Batch:
-    """Some rows of one shard, whose numbers are views of the mapped file."""
+    """Some rows of one shard; its numbers are views of the mapped file."""
 
     def __init__(self, batch: Any) -> None:
         self._batch = batch
@@ -198,11 +198,11 @@ class _Batch:
         return self._batch.column(name)
 
     def offsets(self, name: str) -> Any:
-        """Where the numbers of each row begin, and the last one's end."""
+        """The offsets at which the numbers of each row begin, and the end of the last row."""
         return self._offsets[name]
 
     def build_row(self, at: int) -> Row:
-        """One row."""
+        """Build one row."""
         columns = self.column("columns")[at].as_py()
         return Row(
             row_id=self._text("row_id", at),
@@ -236,7 +236,7 @@ def _map_table(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class StoredSplit(Split):
-    """A split whose rows are stored, and what `samples.json` says of them under each loss, but for
+    """A split with stored rows, and the facts about them in `samples.json` under each loss, without
     its `LISTS`.
     """
 

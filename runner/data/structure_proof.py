@@ -1,18 +1,18 @@
 """The second proof of a mask: for conversations with tools, calls and thoughts, and for contents
-that a template takes apart.
+that a template splits.
 
-Every text that a row says is a *leaf*: a content, a thought, a call's name, each value of its
-arguments. The conversation is rendered a second time with a sentinel, a *mark*, in the place of
-each. What stands between the marks is the template's own text, and the row's real rendering must be
-that text and the leaves laid end to end, each as it is or escaped as JSON escapes it. Every place
-is then a sum of known lengths, as in the first proof: nothing is searched in what a row says.
+Every text of a row is a *leaf*: a content, a thought, a call's name, each value of its arguments.
+The conversation is rendered a second time with a sentinel, a *mark*, in the place of each leaf. The
+text between the marks is the template's own. The row's real rendering must be that text and the
+leaves laid end to end, each leaf as it is or escaped as JSON. Every place is then a sum of known
+lengths, as in the first proof: the texts of a row are never searched.
 
-A completion begins where the generation prompt ends: the rendering of what stands before the turn,
-with generation prompt, is the beginning of the whole. It ends where `turn_ends` says. Whitespace
-around a leaf, and the tags that a template takes contents apart by (`<think>`), stay as they are in
-the rendering of marks, so that the template treats both renderings alike.
+A completion begins where the generation prompt ends: the rendering of the messages before the turn,
+with the generation prompt, is the beginning of the whole. It ends where `turn_ends` says.
+Whitespace around a leaf, and the tags at which a template splits contents (`<think>`), stay as they
+are in the rendering of marks, so that the template treats both renderings alike.
 
-Refused by name is what the template does not print of a turn that is to be trained on.
+If the template does not print a text of a turn to train, the error names that text.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from runner.strict import thaw
 
 METHOD_MARKS: Final = "marks in every text, call and thought"
 
-# Leaves that the recipe can leave out.
+# Leaves that the recipe can leave out, and their names in `data.ignore`.
 _IGNORABLE: Final = {"`reasoning_content`": "messages.reasoning_content"}
 _OTHER_TEMPLATE: Final = "name a chat template that prints it in `model.chat_template`"
 
 
 class UnprintedError(MaskError):
-    """A conversation of which the chat template leaves something out that the row says."""
+    """The chat template leaves out a text of the row."""
 
 
 @dataclass(frozen=True)
 class ProvenTurn:
-    """One completion, in characters of the text: `texts` are the places of what the row says in
+    """One completion, in characters of the text; `texts` are the places of the row's texts in
     it.
     """
 
@@ -89,10 +89,10 @@ def prove_structure(
     wanted: Sequence[int],
     untrained: Collection[int] = (),
 ) -> ProvenText:
-    """The places of the wanted turns; those among them that are untrained may lack their thoughts.
+    """The places of the wanted turns; the untrained ones among them may lack their thoughts.
 
-    Raises: MaskError, where they cannot be proven; UnprintedError, where the template leaves out
-        what a turn says.
+    Raises: MaskError, if they cannot be proven; UnprintedError, if the template leaves out a text
+        of a turn.
     """
     refusals: list[MaskError] = []
     for method in (METHOD_TEXT, METHOD_PARTS):
@@ -105,7 +105,7 @@ def prove_structure(
                 refusals.append(error)
             if not any(message.get("tool_calls") for message in messages):
                 break
-    # What is left out says more than what a template raises on another form of the arguments.
+    # A text that is left out is a better reason than an error on another form of the arguments.
     by_name = [refusal for refusal in refusals if isinstance(refusal, UnprintedError)]
     not_raised = [refusal for refusal in refusals if refusal.__cause__ is None]
     raise (by_name or not_raised or refusals)[0]
@@ -174,7 +174,7 @@ def _prove(
 
 
 def _with_arguments(message: dict[str, Any], dump: Callable[[Any], str] | None) -> dict[str, Any]:
-    """The message with its calls' arguments as JSON text, where `dump` makes it."""
+    """The message with its calls' arguments converted by `dump`; unchanged if `dump` is None."""
     if dump is None or not message.get("tool_calls"):
         return message
     calls = [
@@ -185,7 +185,7 @@ def _with_arguments(message: dict[str, Any], dump: Callable[[Any], str] | None) 
 
 
 def _refuse_python_source(marked: Messages, rendered: str) -> None:
-    """Raises: MaskError, where the template prints arguments as Python writes a dict."""
+    """Raises: MaskError, if the template prints arguments as a Python dict."""
     for index, message in enumerate(marked):
         for call in message.get("tool_calls") or ():
             arguments = call["function"]["arguments"]
@@ -222,12 +222,12 @@ class _Piece:
 
     before: str
     leaf: Leaf
-    start: int  # of the mark, there
+    start: int  # of the mark in the rendering of marks
     end: int
 
 
 class _Walk:
-    """The rendering of marks taken apart, and the real text followed along it."""
+    """The rendering of marks split into pieces, and the real text matched against them."""
 
     def __init__(self, leaves: Sequence[Leaf], rendered: str) -> None:
         self.rendered = rendered
@@ -254,8 +254,8 @@ class _Walk:
         return [leaf for leaf in self.leaves if leaf.message == index]
 
     def pieces_of(self, index: int) -> list[int]:
-        """The pieces of a message's own text, in printed order: a name that is repeated where a
-        tool answers counts where it is printed first.
+        """The pieces of a message's own text, in printed order. A name that a tool's answer repeats
+        counts at its first place.
         """
         seen: set[str] = set()
         found = []
@@ -266,20 +266,20 @@ class _Walk:
         return found
 
     def text_behind(self, rank: int) -> str:
-        """The template's own text behind a piece's mark."""
+        """The template's own text after a piece's mark."""
         return self.pieces[rank + 1].before if rank + 1 < len(self.pieces) else self.tail
 
     def follow(self, text: str, messages: Messages) -> None:
         """Prove that the text is the template's own text and the leaves, laid end to end.
 
-        Raises: MaskError, naming the first place where it is not.
+        Raises: MaskError, naming the first place that differs.
         """
         places: list[tuple[int, int]] = []
         position = 0
         rests = [piece.before for piece in self.pieces[1:]] + [self.tail]
         for piece, rest in zip(self.pieces, rests, strict=True):
             position += self._step(text, position, piece.before, piece.leaf, messages)
-            # Where one variant is the beginning of another, what follows tells them apart.
+            # If one variant is the beginning of another, the text that follows decides.
             fitting = [
                 variant
                 for variant in piece.leaf.variants
@@ -302,8 +302,8 @@ class _Walk:
         return len(own)
 
     def translate(self, position: int) -> int:
-        """Where a place within the template's own text of the rendering of marks lies in the real
-        text.
+        """The place in the real text of a place within the template's own text in the rendering of
+        marks.
         """
         shift = 0
         for piece, (_, end) in zip(self.pieces, self._places, strict=True):
@@ -329,14 +329,14 @@ def _mismatch(leaf: Leaf | None, expected: str, found: str, messages: Messages) 
         if leaf.message is not None:
             where += f" of {describe(messages, leaf.message)}"
     return MaskError(
-        f"{where}: the chat template does not print this conversation as it prints others of the"
-        f" same form, so no mask can be proven; {describe_difference(expected, found)}",
-        hint="the template changes the text, or looks into it: change the row or the template",
+        f"{where}: the chat template prints this conversation differently from others of the same"
+        f" form, so no mask can be proven; {describe_difference(expected, found)}",
+        hint="change the row or the template: the template changes some text, or reacts to it",
     )
 
 
 class _Places:
-    """Where the turns of a rendering of marks begin and end."""
+    """The places of the turns in a rendering of marks."""
 
     def __init__(
         self,
@@ -353,15 +353,14 @@ class _Places:
         self._walk = walk
 
     def require_printed(self, index: int, message: Message) -> None:
-        """Raises: UnprintedError, where the template leaves out a leaf of a turn that is to be
-        trained on, or a think tag of it; MaskError, where it prints one twice.
+        """Raises: UnprintedError, if the template leaves out a leaf or a think tag of a turn to
+        train; MaskError, if it prints one twice.
         """
         leaves = self._walk.leaves_of(index)
         who = describe(self._chat, index)
         if not leaves:
             raise UnprintedError(
-                f"{who} has neither text nor call nor thought:"
-                " nothing would be trained on but its end",
+                f"{who} has neither text nor call nor thought: only its end would be trained on",
                 hint="remove the message from the row",
             )
         rendered = self._walk.rendered
@@ -383,13 +382,14 @@ class _Places:
                 raise self._refuse_unprinted(index, f"the {tag} in the `content`")
 
     def _refuse_unprinted(self, index: int, what: str) -> UnprintedError:
-        hint = f"{_OTHER_TEMPLATE}, or take it out of the rows"
+        hint = f"{_OTHER_TEMPLATE}, or remove it from the rows"
         if what in _IGNORABLE:
             hint = f"{_OTHER_TEMPLATE}, or leave it out: `data.ignore: [{_IGNORABLE[what]}]`"
         if index < len(self._chat) - 1 and self._prints_alone(index):
             hint = (
-                "the template prints it where the conversation ends with this turn:"
-                " `data.turns: split` trains on each turn so, `data.turns: last` on the last one"
+                "the template prints it if the conversation ends with this turn:"
+                " use `data.turns: split` to train each turn that way, or `data.turns: last` to"
+                " train only the last one"
             )
         return UnprintedError(
             f"the chat template does not print {what} of {describe(self._chat, index)}",
@@ -403,8 +403,8 @@ class _Places:
         return False
 
     def require_context(self, index: int) -> None:
-        """Raises: UnprintedError, where the template leaves out what a message says that is not
-        trained on. Earlier thoughts may be left out: so they are at inference.
+        """Raises: UnprintedError, if the template leaves out a text of a message that is not
+        trained on. Earlier thoughts may be left out, because they are left out at inference too.
         """
         leaves = [
             leaf
@@ -416,11 +416,11 @@ class _Places:
                 raise UnprintedError(
                     f"the chat template does not print {leaf.what} of"
                     f" {describe(self._chat, index)}",
-                    hint=f"{_OTHER_TEMPLATE}, or take it out of the rows",
+                    hint=f"{_OTHER_TEMPLATE}, or remove it from the rows",
                 )
 
     def require_order(self) -> None:
-        """Raises: MaskError, where the template prints the messages in another order; a system text
+        """Raises: MaskError, if the template prints the messages in another order; a system text
         may move.
         """
         order = [
@@ -474,12 +474,12 @@ class _Places:
         )
 
     def _find_start(self, index: int, first: _Piece) -> int:
-        """Where the turn begins in the rendering of marks: behind the generation prompt, which the
+        """The start of the turn in the rendering of marks: after the generation prompt, which the
         model is given.
 
-        Where the text does not go on from it (DeepSeek R1, Nemotron), a turn that begins with its
-        content begins there, as in the first proof; a call or a thought behind what the text and
-        the prompt share of the role header.
+        If the text does not continue the prompt (DeepSeek R1, Nemotron), a turn that begins with
+        its content starts there, as in the first proof. A turn that begins with a call or a thought
+        starts after the part of the role header that the text and the prompt share.
         """
         rendered = self._walk.rendered
         lowest = first.start - len(first.before)
@@ -495,26 +495,26 @@ class _Places:
         if first.leaf.what == "`content`":
             return first.start
         shared = len(common_prefix(rendered, prompt))
-        # Not one of the message before, whose last words may be a think tag.
+        # Exclude the message before, which may end with a think tag.
         begin = max(lowest, len(common_prefix(rendered, without)))
         thought = THINK_TAGS.search(rendered, begin, shared)
         shared = thought.start() if thought else shared
         length = self._cut(rendered[lowest:shared])
         if not length:
             raise MaskError(
-                f"{describe(self._chat, index)} does not go on from the generation prompt, so"
-                " nobody can tell where the model would begin to write; the prompt ends in"
+                f"{describe(self._chat, index)} does not continue the generation prompt, so it is"
+                " unknown where the model would begin to write; the prompt ends with"
                 f" {quote(prompt[-40:])}, the turn begins with {quote(first.before[-40:])}",
                 hint=(
-                    "template arguments may change the prompt, such as"
+                    "try template arguments that change the prompt, such as"
                     " `model.chat_template_kwargs: {enable_thinking: false}`"
                 ),
             )
         return lowest + length
 
     def _find_header(self, index: int, lead: str) -> int:
-        """The length of the role header in what is printed before a turn's first leaf, under a
-        template that has no generation prompt: what a plain answer has there too.
+        """The length of the role header in the text before a turn's first leaf, under a template
+        without a generation prompt: the part that a plain answer has there too.
         """
         plain = [*self._chat[:index], {"role": "assistant", "content": PROBE}]
         text = self._render(plain)
@@ -524,7 +524,7 @@ class _Places:
             return 0
         if lead.startswith(header):
             return len(header)
-        # A role header is what all turns begin with: where they share nothing, it stands before.
+        # All turns begin with a role header. If they share nothing, it is earlier in the text.
         shared = self._leave_whole(common_prefix(lead, header), lead, header)
         length = self._cut(shared)
         if shared and not length:
@@ -536,7 +536,7 @@ class _Places:
         return length
 
     def _leave_whole(self, shared: str, *texts: str) -> str:
-        """What texts begin with in common, up to a special token of one that it breaks."""
+        """A common beginning of texts, cut so that it does not end within a special token."""
         for text in texts:
             for special in self._template.find_specials(text):
                 if special.start() < len(shared) < special.end():
@@ -544,13 +544,13 @@ class _Places:
         return shared
 
     def _cut(self, shared: str) -> int:
-        """The length of a text up to its last whole special token or line, 0 where it has none."""
+        """The length of a text up to its last whole special token or line; 0 if it has neither."""
         cuts = [found.end() for found in self._template.find_specials(shared)]
         return max([*cuts, shared.rfind("\n") + 1])
 
     def _find_rewriting(self, index: int, first: _Piece, last: _Piece) -> str | None:
-        """How the turn differs from the same one at the end of a conversation, None if it does
-        not.
+        """Describe the difference from the same turn at the end of a conversation; None if there is
+        none.
         """
         if index == len(self._chat) - 1:
             return None

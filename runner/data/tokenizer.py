@@ -1,4 +1,4 @@
-"""The tokenizer of a recipe: its chat template and a pad token that is never silently the
+"""The tokenizer of a recipe, with its chat template and a pad token that is never silently the
 end-of-sequence token.
 """
 
@@ -18,7 +18,7 @@ from runner.recipe.hub import load_arguments
 from runner.recipe.schema import ModelSection
 from runner.strict import thaw
 
-# Tokens that model families reserve and never train, in the order in which they are tried.
+# Tokens that model families reserve and never train, in the order of preference.
 _RESERVED_PAD_TOKENS: Final = (
     "<pad>",
     "<|pad|>",
@@ -36,8 +36,8 @@ def load_tokenizer(model: ModelSection) -> Any:
     """The fast tokenizer with the recipe's chat template and pad token, and its chat format.
 
     Raises:
-        DataError: no such tokenizer, no chat template, or no pad token as `model.pad_token` asks
-            for it.
+        DataError: there is no such tokenizer, no chat template, or no pad token that fits
+            `model.pad_token`.
     """
     from transformers import AutoTokenizer
 
@@ -45,14 +45,14 @@ def load_tokenizer(model: ModelSection) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, trust_remote_code=False, **load_arguments(model)
         )
-    # Whatever a folder holds, Transformers raises a dozen unrelated kinds for it.
+    # Transformers raises a dozen unrelated kinds of errors, depending on the content of the folder.
     except Exception as error:
         raise DataError(
             f"cannot load the tokenizer of {model.path!r}:"
             f" {str(error).strip().partition(chr(10))[0]}",
             hint=(
-                "`model.path` is a local folder or a hub id; gated models need a token in the"
-                " environment; models that bring code of their own are not run"
+                "set `model.path` to a local folder or a hub id; gated models need a token in the"
+                " environment; models with custom code are not supported"
             ),
         ) from error
     if model.chat_template is not None:
@@ -72,14 +72,14 @@ def load_tokenizer(model: ModelSection) -> Any:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Of everything in a fast tokenizer that the text and the tokens of a chat depend on, as it is
-    in memory, wherever it came from.
+    """A hash of everything in a fast tokenizer, as it is in memory, that the text and the tokens of
+    a chat depend on.
     """
     chat_format = get_chat_format(tokenizer)
     kind = type(tokenizer)
     return hash_json(
         {
-            # Vocabulary, added tokens, normalisation and all that makes tokens of a text.
+            # Vocabulary, added tokens, normalisation and everything else that tokenises a text.
             "tokens": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "settings": {
@@ -99,17 +99,17 @@ def hash_tokenizer(tokenizer: Any) -> str:
 
 
 def set_chat_format(tokenizer: Any, model: ModelSection) -> None:
-    """Lay into the tokenizer how the recipe has its chats written, for every rendering to find.
+    """Store the recipe's chat format in the tokenizer, where every rendering finds it.
 
     Raises:
-        DataError: `model.end_of_turn` is no token of the tokenizer, or only a part of a text.
+        DataError: `model.end_of_turn` is not a single token of the tokenizer.
     """
     end = model.end_of_turn
     if end is not None and tokenizer.tokenize(end) != [end]:
         raise DataError(
-            f"`model.end_of_turn` {end!r} is no token of {model.path}: a model could not learn to"
-            " stop at it",
-            hint=f"its end of a text is {tokenizer.eos_token!r}",
+            f"`model.end_of_turn` {end!r} is not a token of {model.path}: a model could not learn"
+            " to stop at it",
+            hint=f"use a token of the model; its end-of-text token is {tokenizer.eos_token!r}",
         )
     day = model.template_date
     tokenizer.chat_format = ChatFormat(
@@ -121,8 +121,8 @@ def set_chat_format(tokenizer: Any, model: ModelSection) -> None:
 
 
 def load_stop_tokens(tokenizer: Any, model: ModelSection) -> list[str]:
-    """Where generation with the base model's own settings stops: eos, and what its generation
-    config names.
+    """The tokens at which generation with the base model's own settings stops: eos, and those in
+    its generation config.
     """
     from transformers import GenerationConfig
 
@@ -136,11 +136,11 @@ def load_stop_tokens(tokenizer: Any, model: ModelSection) -> list[str]:
 
 
 def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
-    """Give the tokenizer the pad token that `model.pad_token` asks for; in no case eos.
+    """Set the pad token that `model.pad_token` selects; it is never eos.
 
-    A token that the vocabulary lacks takes the next id. If the embedding has a spare row for it
-    (Phi-2 has 51,200 rows for 50,295 tokens) no weight changes; otherwise `model.add_pad_row` adds
-    one.
+    A token that is not in the vocabulary gets the next id. If the embedding has a spare row for it
+    (Phi-2 has 51,200 rows for 50,295 tokens), no weight changes; otherwise `model.add_pad_row` adds
+    a row.
 
     Raises:
         DataError: the token is eos, or `reserved` finds none.
@@ -168,9 +168,9 @@ def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
         token = policy
     if token == tokenizer.eos_token:
         raise DataError(
-            f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}: what masks"
-            " padding would mask the ends of answers too",
-            hint="`model.pad_token: auto` finds or adds another one",
+            f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}: masking"
+            " padding would also mask the ends of answers",
+            hint="set `model.pad_token: auto`, which finds or adds another token",
         )
     tokenizer.add_special_tokens({"pad_token": token})
 

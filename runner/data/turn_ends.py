@@ -1,7 +1,7 @@
-"""What ends an assistant's turn under a chat template: the token at which the model must stop.
+"""The end of an assistant's turn under a chat template: the token at which the model must stop.
 
-Found by rendering, never by searching a content: what ends a turn is printed behind its last text
-both where the conversation stops there and where somebody speaks next.
+It is found by rendering, never by searching a content: the template prints the end of a turn after
+its last text, both if the conversation stops there and if someone speaks next.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from runner.data.chat_template import (
 class TurnText:
     """One assistant turn in a rendered conversation of sentinels.
 
-    `mark` is the sentinel of its last text, `before` what is printed between the message before it
-    and its own first text, `own` what is printed behind the mark, up to the next message's text.
+    `mark` is the sentinel of its last text. `before` is the text between the previous message and
+    its own first text. `own` is the text after the mark, up to the next message's text.
     """
 
     chat: Messages
@@ -39,14 +39,14 @@ class TurnText:
 
 
 def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
-    """How many characters of `turn.own` belong to the turn, and the special token that ends it.
+    """The number of characters of `turn.own` that belong to the turn, and the special token that
+    ends it; None as token if plain text ends the turn.
 
-    The token is the last one that what is printed here has in common with what is printed where the
-    conversation goes on, or stops: what follows it is a separator, the end of the whole text, or
-    the next header. One that is known to stop the model goes before the others. None as token:
-    plain text ends the turn.
+    The token is the last one that two renderings have in common: one in which the conversation
+    stops after the turn, and one in which it continues. The text after it is a separator, the end
+    of the whole text, or the next header. A token that is known to stop the model takes precedence.
 
-    Raises: MaskError, where nothing ends the turn, or nobody can tell what does.
+    Raises: MaskError, if nothing ends the turn, or the end is ambiguous.
     """
     is_last = turn.index == len(turn.chat) - 1
     ending = turn.own if is_last else _text_after(template, turn, turn.chat[: turn.index + 1])
@@ -57,15 +57,15 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
     if len(common) > 1 and not known:
         _refuse_generation_prompt(template, turn, ending or "", [one.group() for one in common])
     if not ends and is_last:
-        # The end of a conversation may differ from the end of a turn (GPT-OSS). One special token
-        # leaves no doubt.
+        # The end of a conversation may differ from the end of a turn (GPT-OSS). A single special
+        # token is unambiguous.
         candidates = template.find_specials(turn.own)
         ends = candidates if len(candidates) == 1 else []
     elif not ends and template.find_specials(ending or ""):
         ends = _find_user_end(template, turn)
     if not ends:
-        # A token that stops the model and is also the next speaker's header (GLM, Gemma 4). Where
-        # the recipe says so of an answer's end, a call ends in the tool's header.
+        # A token that stops the model may also be the next speaker's header (GLM, Gemma 4). If the
+        # recipe states this for the end of an answer, a call ends with the tool's header.
         here = template.find_specials(turn.own)
         stops = [one for one in here if one.group() in template.stop_tokens]
         is_call = bool(turn.chat[turn.index].get("tool_calls"))
@@ -74,7 +74,7 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
         return ends[0].end(), ends[0].group()
     plain = (ending or "").rstrip()
     if plain and not template.find_specials(plain) and turn.own.startswith(plain):
-        # What closes a call is no end: it stops nothing.
+        # The closing text of a call is not an end, because it does not stop the model.
         closing = _find_plain_end(template, turn)
         if not turn.chat[turn.index].get("tool_calls") or (closing and plain.endswith(closing)):
             return len(plain), None
@@ -82,9 +82,7 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
 
 
 def _find_witness(template: ChatTemplate, turn: TurnText) -> str | None:
-    """What is printed behind the turn where somebody speaks next: a tool after a call, else a
-    user.
-    """
+    """The text after the turn if someone speaks next: a tool after a call, otherwise a user."""
     following: list[dict[str, Any]] = [{"role": "user", "content": PROBE}]
     calls = turn.chat[turn.index].get("tool_calls")
     if calls:
@@ -103,9 +101,7 @@ def _find_witness(template: ChatTemplate, turn: TurnText) -> str | None:
 
 
 def _find_user_end(template: ChatTemplate, turn: TurnText) -> list[Any]:
-    """The same from the other side: the end of a turn within a conversation is that of the user's
-    turns.
-    """
+    """The end of a turn found from the user's turns: within a conversation, both have the same."""
     users = [n for n in range(turn.index) if turn.chat[n]["role"] == "user"]
     if not users:
         return []
@@ -117,31 +113,31 @@ def _find_user_end(template: ChatTemplate, turn: TurnText) -> list[Any]:
 def _refuse_generation_prompt(
     template: ChatTemplate, turn: TurnText, ending: str, common: list[str]
 ) -> None:
-    """Raises: MaskError, where the template writes the next answer's header behind the last one and
-    no token is known to stop the model: the last special token would then be a header's.
+    """Raises: MaskError, if the template prints the next answer's header after the last one and no
+    token is known to stop the model. The last special token would then be part of a header.
     """
     shared = common_prefix(ending[::-1], turn.before[::-1])[::-1]
     if not template.find_specials(shared):
         return
     names = " or ".join(f"`model.end_of_turn: {quote(name)}`" for name in common[:-1])
     raise MaskError(
-        f"{describe(turn.chat, turn.index)}: the chat template goes on with {quote(turn.own)} after"
-        " every answer, the beginning of the next one, and the tokenizer and the generation config"
-        " know none of these tokens as a stop",
-        hint=f"say what ends an answer: {names}",
+        f"{describe(turn.chat, turn.index)}: the chat template prints {quote(turn.own)} after every"
+        " answer, which is the beginning of the next one, and neither the tokenizer nor the"
+        " generation config names one of these tokens as a stop",
+        hint=f"name the token that ends an answer: {names}",
     )
 
 
 def _find_plain_end(template: ChatTemplate, turn: TurnText) -> str:
-    """What the template prints behind a plain answer at the end of a conversation, but for
-    whitespace.
+    """The text that the template prints after a plain answer at the end of a conversation, without
+    whitespace around it.
     """
     answered = [*turn.chat[: turn.index], {"role": "assistant", "content": PROBE}]
     return (_text_after(template, turn, answered, PROBE) or "").strip()
 
 
 def _refuse_endless(template: ChatTemplate, turn: TurnText) -> MaskError:
-    """The refusal of a turn that nothing ends, and the line to paste where one may help."""
+    """The refusal of a turn without an end; its hint has a line to paste if one may help."""
     hint = (
         "in the chat template, print {{ eos_token }}, or another special token of the"
         " tokenizer, right after every assistant content"
@@ -154,14 +150,14 @@ def _refuse_endless(template: ChatTemplate, turn: TurnText) -> MaskError:
         ]
         behind = (_text_after(template, turn, answered, PROBE * 3) or "").lstrip()
         between = [one.group() for one in template.find_specials(behind) if one.start() == 0]
-        found = "".join(f"{token!r} stands there where a user speaks next; " for token in between)
+        found = "".join(f"{token!r} is printed there if a user speaks next; " for token in between)
         token = between[0] if between else template.eos_token
         if between or turn.index == len(turn.chat) - 1:
             hint = (
                 f'{found}`model.end_of_turn: "{token}"` appends it to the last answer; or, {hint}'
             )
     return MaskError(
-        f"{describe(turn.chat, turn.index)} has no end-of-turn token: the template goes on with"
+        f"{describe(turn.chat, turn.index)} has no end-of-turn token: the template continues with"
         f" {quote(turn.own)}, so a model trained on the completion could never learn to stop",
         hint=hint,
     )
@@ -170,8 +166,8 @@ def _refuse_endless(template: ChatTemplate, turn: TurnText) -> MaskError:
 def _text_after(
     template: ChatTemplate, turn: TurnText, chat: Messages, mark: str | None = None
 ) -> str | None:
-    """What the template prints after a sentinel; None where it will not render that, or not the
-    sentinel.
+    """The text that the template prints after a sentinel; None if it refuses the chat, or does not
+    print the sentinel.
     """
     mark = mark or turn.mark
     try:

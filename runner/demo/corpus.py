@@ -1,9 +1,8 @@
-"""Owns the general text that the demo's base models are pre-trained on, and the words it is made
-of.
+"""Owns the general text on which the demo's base models are pre-trained, and its vocabulary.
 
 Everything is generated from a seed, so no download is needed. The exchanges are everyday questions
-about who has what, where and when, and small requests. None of them is a chat with a shop and none
-asks for a summary: that task belongs to the demo data set (`data/make_demo.py`), which borrows only
+about who has what, where and when, and small requests. None of them is a chat with a shop, and none
+requests a summary. That task belongs to the demo data set (`data/make_demo.py`), which uses only
 the words from here.
 """
 
@@ -66,7 +65,7 @@ _REMARKS = (
 
 
 class _Draw:
-    """Seeded choices, with `several` for values that must differ from each other."""
+    """Seeded choices; `several` draws values that differ from each other."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -146,7 +145,7 @@ def _write_a_note(draw: _Draw) -> tuple[str, str]:
     lines = (
         f"{first}: I saw {article} {condition} {item}.\n{second}: You will get a {parcel} on {day}."
     )
-    # Never "reports" about an item nor "promises" by the shop: that wording is the demo task's.
+    # Never "reports" with an item or "promises" with a place: the demo task uses that wording.
     first_deed, second_deed = draw.one((*_DEEDS, "promises")), draw.one((*_DEEDS, "reports"))
     note = (
         f"{first} {first_deed} {article} {condition} {item}. The {draw.one(PLACES)} {second_deed} a"
@@ -174,7 +173,7 @@ _EXERCISES: tuple[Callable[[_Draw], tuple[str, str]], ...] = (
 
 
 def general_exchanges(count: int, *, seed: int = 0) -> Iterator[list[Message]]:
-    """`count` conversations of one question and one answer, the same for the same seed.
+    """`count` conversations with one question and one answer each, the same for the same seed.
 
     >>> [message["role"] for message in next(general_exchanges(1))]
     ['user', 'assistant']

@@ -1,4 +1,4 @@
-"""Owns how a model family looks to a tokenizer and to a chat: special tokens, BPE, chat template.
+"""Owns the tokenizer and the chat format of a model family: special tokens, BPE, chat template.
 
 A family has the special tokens, the kind of tokenizer and the chat format of the real one, and a
 vocabulary learned on the spot from any text. `weights` owns the weights.
@@ -84,7 +84,7 @@ MISTRAL_CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: which architecture it is, and how its tokenizer and its chat look."""
+    """One model family: its architecture, tokenizer and chat format."""
 
     config_class: type[PreTrainedConfig]
     special_tokens: tuple[str, ...]
@@ -94,14 +94,14 @@ class Family:
     pad_token: str | None
     unk_token: str | None
     stop_tokens: tuple[str, ...]
-    """All tokens that end a generation: the end of a turn beside the end of the text."""
+    """All tokens that end a generation: the end of a turn and the end of the text."""
     chat_template: str | None
     is_byte_level: bool
-    """Byte-level BPE as in Llama 3, otherwise BPE with a visible space and byte fallback, as in
-    Gemma.
+    """True for byte-level BPE as in Llama 3; false for BPE with a visible space and byte fallback,
+    as in Gemma.
     """
     starts_with_space: bool = False
-    """The first word of a text gets a space, as in Mistral; only where `is_byte_level` is false."""
+    """True if the first word gets a space, as in Mistral; only used if `is_byte_level` is false."""
     ties_embeddings: bool = False
     adds_bos: bool = True
 
@@ -220,8 +220,8 @@ def _visible_space_bpe(family: Family, texts: Iterable[str], vocab_size: int) ->
     )
     tokenizer.train_from_iterator(texts, trainer)
 
-    # The trainer would add the bytes as special tokens, which decoding then skips: put them in by
-    # hand.
+    # Insert the byte tokens by hand: the trainer would add them as special tokens, which decoding
+    # then skips.
     trained = json.loads(tokenizer.to_str())["model"]
     num_special = len(family.special_tokens)
     learned = sorted(trained["vocab"], key=trained["vocab"].__getitem__)[num_special:]
@@ -243,8 +243,8 @@ def _visible_space_bpe(family: Family, texts: Iterable[str], vocab_size: int) ->
 def build_tokenizer(
     family_name: str, texts: Iterable[str], *, vocab_size: int
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family, at most `vocab_size` tokens learned from `texts`, special ones
-    first.
+    """The tokenizer of a family, with at most `vocab_size` tokens, learned from `texts`; special
+    tokens come first.
     """
     family = FAMILIES[family_name]
     build = _byte_level_bpe if family.is_byte_level else _visible_space_bpe

@@ -1,8 +1,8 @@
-"""Owns the folder of the demo's two base models: builds what is missing, offline, in under a
-minute on two cores.
+"""Owns the folder of the demo's two base models: builds missing ones, offline, in under a minute on
+two cores.
 
-The same source gives the same bytes on the same machine. Each model is trained in a process of its
-own by `weights`; this module imports no torch, so that finding everything built takes no time.
+The same source gives the same bytes on the same machine. `weights` trains each model in a separate
+process. This module does not import torch, so it is fast if everything is already built.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ from runner.processes import die_with_parent
 from runner.recipe.model_files import find_missing_model_file
 
 DEMO_FAMILIES = ("gemma", "llama")
-MANIFEST_NAME = ".demo_model.json"  # hidden: it holds times, and is no part of the model's content
+MANIFEST_NAME = ".demo_model.json"  # hidden: it is not part of the model's content
 BUILDER_SOURCES = ("corpus.py", "families.py", "plans.py", "weights.py")
 
 
 def builder_digest(family: str, plan: Pretraining) -> str:
-    """A digest of everything that decides on the weights: the plan and the source of the
-    builder.
-    """
+    """A digest of everything that determines the weights: the plan and the builder's source."""
     sources = [
         Path(__file__).with_name(name).read_text(encoding="utf-8") for name in BUILDER_SOURCES
     ]
@@ -44,7 +42,7 @@ def builder_digest(family: str, plan: Pretraining) -> str:
 
 
 def load_manifest(model_dir: Path) -> dict[str, Any]:
-    """What is recorded about a built model; empty if `model_dir` holds no complete one."""
+    """The record of a built model; empty if `model_dir` holds no complete one."""
     try:
         manifest = json.loads((model_dir / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -53,7 +51,7 @@ def load_manifest(model_dir: Path) -> dict[str, Any]:
 
 
 def is_built(model_dir: Path, family: str, plan: Pretraining) -> bool:
-    """True where `model_dir` holds, with all its files, the model that this builder would make."""
+    """True if `model_dir` holds, with all its files, the model that this builder would make."""
     manifest = load_manifest(model_dir)
     if manifest.get("builder_digest") != builder_digest(family, plan):
         return False
@@ -83,23 +81,21 @@ def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid:
 
 @contextmanager
 def _only_builder(output_dir: Path) -> Iterator[None]:
-    """Hold the lock of a folder of models; it is free as soon as its holder ends, however it
-    ends.
-    """
+    """Hold the lock of a folder of models; it is released when its holder ends, even by a kill."""
     with (output_dir / ".lock").open("w") as lock_file:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
         yield
 
 
 def _make_folder(parent_dir: Path, prefix: str) -> Path:
-    """A new folder of the mode that the umask gives; that of `mkdtemp` is private."""
+    """A new folder whose mode follows the umask; `mkdtemp` would make a private one."""
     folder = parent_dir / f"{prefix}{os.urandom(4).hex()}"
     folder.mkdir()
     return folder
 
 
 def _remove_leftovers(output_dir: Path) -> None:
-    """Remove what killed builders left; only for the holder of the lock."""
+    """Remove leftovers of killed builders; only for the holder of the lock."""
     for pattern in (".building-*", ".outdated-*"):
         for leftover_dir in output_dir.glob(pattern):
             shutil.rmtree(leftover_dir, ignore_errors=True)
@@ -117,9 +113,7 @@ def _put_in_place(built_dir: Path, model_dir: Path) -> None:
 
 
 def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
-    """Train `families` at once, one process each, and put each in place as soon as it is
-    complete.
-    """
+    """Train `families` in parallel, one process each, and put each in place once it is complete."""
     context = multiprocessing.get_context("spawn")
     started = time.monotonic()
     children = {}
@@ -158,10 +152,10 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
 def build_demo_models(
     output_dir: Path, *, families: tuple[str, ...] = DEMO_FAMILIES, plan: Pretraining | None = None
 ) -> dict[str, Path]:
-    """The folder of each family's base model, built where missing or outdated.
+    """The folder of each family's base model, which is built if it is missing or outdated.
 
-    Safe to kill and to call twice at the same time: a model is built in a hidden folder and renamed
-    when complete.
+    It is safe to kill this and to call it twice at the same time: a model is built in a hidden
+    folder and renamed when it is complete.
 
     Raises:
         RuntimeError: a child process failed; the other models are in place.

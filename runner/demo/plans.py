@@ -1,4 +1,4 @@
-"""The dimensions of the small models, and how the demo's base models are trained. No torch."""
+"""The dimensions of the small models, and the training plan of the demo's base models. No torch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ DEMO_SIZE = ModelShape(
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a base model is made. Measured: two wide layers learn to copy sooner than four narrow
-    ones.
+    """The training plan of a base model. Measured: two wide layers learn to copy sooner than four
+    narrow ones.
     """
 
     size: ModelShape = DEMO_SIZE
@@ -48,7 +48,7 @@ class Pretraining:
     learning_rate: float = 3e-3
     num_warmup_steps: int = 20
     prompt_weight: float = 0.2
-    """Weight of a prompt token in the loss, where a completion token has 1: prompts are mostly
+    """Weight of a prompt token in the loss; a completion token has weight 1. Prompts are mostly
     random facts.
     """
     seed: int = 0

@@ -1,9 +1,9 @@
 """The weights of the small models: random ones for tests, trained ones for the demo.
 
 A tiny model is random and takes a fraction of a second to build, without a network. A base model of
-the demo is trained in a process with one thread, which `models` starts: it learns the English of
-`corpus` in the chat format of its family, enough to know the words, to follow the format and to
-copy a name from a prompt, and nothing about the task of the demo data set.
+the demo is trained in a process with one thread, which `models` starts. It learns the English of
+`corpus` in the chat format of its family: enough to know the words, to follow the format and to
+copy a name from a prompt, but nothing about the task of the demo data set.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from runner.demo.plans import TINY, ModelShape, Pretraining
 def build_model(
     family_name: str, tokenizer: PreTrainedTokenizerFast, size: ModelShape, *, seed: int = 0
 ) -> PreTrainedModel:
-    """A float32 model with random weights that fits the tokenizer; global random state stays as it
-    was.
+    """A float32 model with random weights that fits the tokenizer; the global random state is left
+    unchanged.
     """
     family = FAMILIES[family_name]
     head_dim = size.hidden_size // size.num_attention_heads
@@ -70,7 +70,7 @@ def build_model(
 
 
 def build_tiny_model(family: str, output_dir: Path, *, seed: int = 0) -> Path:
-    """`output_dir`, filled with a random model of under 0.3M parameters and its tokenizer.
+    """Fill `output_dir` with a random model of under 0.3M parameters and its tokenizer; returns it.
 
     `family` is one of `FAMILIES`. The same seed gives the same bytes; all seeds share one
     tokenizer.
@@ -84,9 +84,7 @@ def build_tiny_model(family: str, output_dir: Path, *, seed: int = 0) -> Path:
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange in the chat format; the first `num_prompt_tokens` ids are not the model's to
-    say.
-    """
+    """One exchange in the chat format; the first `num_prompt_tokens` ids are the prompt."""
 
     input_ids: list[int]
     num_prompt_tokens: int
@@ -123,7 +121,9 @@ def _collate(
 
 
 def _batches(examples: list[Example], batch_size: int, seed: int) -> list[list[Example]]:
-    """Batches in random order; each from four batches' worth sorted by length: a quarter faster."""
+    """Batches in random order. Examples are sorted by length within pools of four batches, which is
+    a quarter faster.
+    """
     rng = random.Random(seed)
     batches = []
     for start in range(0, len(examples), 4 * batch_size):
@@ -138,8 +138,8 @@ def _batches(examples: list[Example], batch_size: int, seed: int) -> list[list[E
 def _pretrain(
     model: PreTrainedModel, batches: list[list[Example]], plan: Pretraining
 ) -> tuple[float, float]:
-    """Train in place; the mean weighted losses (nats per token) of the first and of the last 20
-    steps.
+    """Train in place; returns the mean weighted losses (nats per token) of the first and of the
+    last 20 steps.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -170,11 +170,11 @@ def _pretrain(
 
 
 def train_base_model(family: str, output_dir: Path, plan: Pretraining) -> dict[str, float]:
-    """Fill `output_dir` with a trained base model; its number of parameters and its loss before and
-    after.
+    """Fill `output_dir` with a trained base model; returns its number of parameters and its loss
+    before and after training.
     """
     disable_progress_bar()
-    # The sums depend on the number of threads, and the models are too small for two.
+    # Sums depend on the number of threads, and the models are too small to gain from two.
     torch.set_num_threads(1)
     exchanges = list(general_exchanges(plan.num_steps * plan.batch_size, seed=plan.seed))
     texts = [message["content"] for messages in exchanges for message in messages]

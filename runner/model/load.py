@@ -1,5 +1,5 @@
-"""The base model of a recipe, quantised as it says and with a row for its pad token, and what LoRA
-puts on top.
+"""Loads the base model of a recipe, quantised as the recipe says and with a row for its pad token,
+and builds the LoRA configuration.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from runner.recipe.schema import EightBit, FourBit
 def load_model(
     recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None, *, local_rank: int = 0
 ) -> Any:
-    """The base model, or the whole model in `weights_dir`, ready for the tokenizer's pad token and
+    """The base model, or the whole model in `weights_dir`, set up for the tokenizer's pad token and
     ends of turns.
 
-    Quantised weights go to the GPU of `local_rank`, the process's number on its machine.
+    Quantised weights are loaded onto the GPU of `local_rank`, the process's number on its machine.
 
-    Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` looks at
+    Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` reads
     them to partition weights while loading.
     """
     path = recipe.model.path if weights_dir is None else str(weights_dir)
@@ -40,9 +40,9 @@ def load_model(
         raise DataError(
             f"cannot load the model {path!r}: {str(error).splitlines()[0]}",
             hint=(
-                "check `model.path`, `model.attn_implementation` and `quantization`; models that"
-                " bring code of their own, or weights in another format"
-                " than safetensors, are not run"
+                "check `model.path`, `model.attn_implementation` and `quantization`; models with"
+                " custom code, or with weights in another format than safetensors, are not"
+                " supported"
             ),
         ) from error
     add_pad_row(loaded, tokenizer)
@@ -52,12 +52,12 @@ def load_model(
 
 
 def build_load_arguments(recipe: Recipe, local_rank: int = 0) -> dict[str, Any]:
-    """What `from_pretrained` needs for the recipe's dtype, attention and quantisation."""
+    """The arguments of `from_pretrained` for the recipe's dtype, attention and quantisation."""
     quantization = build_quantization_config(recipe)
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, recipe.model.dtype),
         "use_safetensors": True,  # never a pickle
-        "trust_remote_code": False,  # else Transformers asks on the terminal
+        "trust_remote_code": False,  # otherwise Transformers prompts on the terminal
     }
     if recipe.model.attn_implementation is not None:
         arguments["attn_implementation"] = recipe.model.attn_implementation
@@ -78,25 +78,25 @@ def load_tuned_model(recipe: Recipe, tokenizer: Any, weights_dir: Path) -> Any:
 
 
 def count_rows(embedding: Any) -> int:
-    """Rows of an embedding, also where ZeRO-3 has partitioned them."""
+    """Count the rows of an embedding, even if ZeRO-3 has partitioned them."""
     return int(getattr(embedding.weight, "ds_shape", embedding.weight.shape)[0])
 
 
 def add_pad_row(model: Any, tokenizer: Any) -> None:
-    """Give input and output embedding a row for the tokenizer's pad token, where they have none.
+    """Add a row for the tokenizer's pad token to the input and output embeddings if they lack one.
 
-    A new row is the mean of all others, the least that a softmax over one more token can change:
-    each negative log-likelihood grows by at most log(1 + 1/rows), as the mean of the logits is
-    below the logarithm of their mean exponential. (Transformers draws random rows around the mean
-    instead.) A row that the embedding has to spare stays as it is: padding is never attended to, so
-    its value is of no effect, and the base model keeps its scores.
+    A new row is the mean of all others, which changes the softmax least: each negative
+    log-likelihood grows by at most log(1 + 1/rows), because the mean of the logits is below the
+    logarithm of their mean exponential. (Transformers draws random rows around the mean instead.) A
+    spare row of the embedding stays as it is: padding is never attended to, so its value has no
+    effect, and the base model keeps its scores.
     """
     num_rows = count_rows(model.get_input_embeddings())
     if tokenizer.pad_token_id < num_rows:
         return
-    with torch.random.fork_rng():  # the rows are first made at random
+    with torch.random.fork_rng():  # the new rows are first random
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    # Under ZeRO-3 what was just made is whole on every rank, and is partitioned when training
+    # Under ZeRO-3 the new tensors are whole on every rank, and are partitioned when training
     # starts.
     output = model.get_output_embeddings()
     with torch.no_grad():
@@ -112,8 +112,8 @@ def add_pad_row(model: Any, tokenizer: Any) -> None:
 
 
 def build_generation_config(base: GenerationConfig, tokenizer: Any) -> GenerationConfig:
-    """The base's settings, with every end of a turn of the chat template, and eos, as ends, and the
-    right pad token.
+    """The base model's settings with the tokenizer's pad token; eos and every end of a turn of the
+    chat template also end a generation.
     """
     known = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]
     ends = dict.fromkeys([*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *known])
@@ -125,7 +125,8 @@ def build_generation_config(base: GenerationConfig, tokenizer: Any) -> Generatio
     config = GenerationConfig.from_dict(settings)
     try:
         config.validate(strict=True)
-    # A published temperature without `do_sample`: Transformers loads that, but refuses to save it.
+    # Some models publish a temperature without `do_sample`; Transformers loads that, but refuses to
+    # save it.
     except ValueError:
         config.do_sample = True
     return config
@@ -155,7 +156,7 @@ def keep_four_bit_gradients(model: torch.nn.Module) -> None:
     kernel `bitsandbytes::gemv_4bit` has no autograd formula, and nothing raises (measured with
     bitsandbytes 0.50).
     """
-    if sys.modules.get("bitsandbytes") is None:  # it is hidden where nothing is quantised
+    if sys.modules.get("bitsandbytes") is None:  # it is hidden if nothing is quantised
         return
     from bitsandbytes.nn import Linear4bit
 

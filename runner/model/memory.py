@@ -1,9 +1,9 @@
-"""Estimates of the device memory and the disk that a run needs; nothing is run to get them.
+"""Estimates the device memory and the disk space that a run needs, without running anything.
 
-Memory: weights, adapter, gradients and optimizer states are exact, what autograd keeps is traced
-(`size`), the rest is assumed (`ASSUMPTIONS`; docs/preflight.md explains all three). Disk: the
-checkpoints that are kept, the one being written, and the export. `runner check` asks for a whole
-grid, the trainer before it trains and before each checkpoint.
+Memory: weights, adapter, gradients and optimizer states are exact, activations kept by autograd are
+traced (`size`), and the rest is assumed (`ASSUMPTIONS`; docs/preflight.md explains all three).
+Disk: the checkpoints that are kept, the one being written, and the export. `runner check` estimates
+a whole grid; the trainer checks the disk before it trains and before each checkpoint.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ from runner.text import format_mib
 GIB: Final = 2**30
 _CUDA_BYTES: Final = 800 * 2**20  # context, cuBLAS workspaces
 _FRAGMENTATION: Final = 0.1  # of activations
-# TRL's fused LM head: tiles of so many tokens by so many entries of the vocabulary, never all
+# TRL's fused LM head computes tiles of this many tokens by this many vocabulary entries, never all
 # logits.
 _TILE_TOKENS: Final = 4096
 _TILE_VOCABULARY: Final = 32768
 
 ASSUMPTIONS: Final = (
     "the longest training row fills every row of the micro-batch",
-    "while a layer goes backward it needs as much again as autograd kept of it",
+    "the backward pass of a layer needs as much again as autograd kept for it",
     (
-        f"CUDA's own {_CUDA_BYTES / GIB:.1f} GiB,"
-        f" and {_FRAGMENTATION:.0%} of activations lost to fragmentation"
+        f"CUDA itself uses {_CUDA_BYTES / GIB:.1f} GiB,"
+        f" and {_FRAGMENTATION:.0%} of activations are lost to fragmentation"
     ),
-    "fused attention where the recipe names FlashAttention",
+    "attention is fused if the recipe names FlashAttention",
     "paged optimizer states stay on the device",
     "evaluation needs less than a training step",
 )
-# While answers are written: logits of the last token in the model's dtype and in float32, sorted or
-# compared once more; the cache is copied layer by layer at each token, which leaves holes as large.
+# During generation, the logits of the last token exist in the model's dtype and in float32, and
+# once more sorted or compared. The cache is copied layer by layer at each token, which leaves
+# equally large holes.
 _ANSWER_LOGIT_BYTES: Final = 12
 _CACHE_COPIES: Final = 2
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How processes share a model, as the launch config and its DeepSpeed file say."""
+    """The distribution of a model over processes, from the launch config and its DeepSpeed file."""
 
     num_processes: int = 1
     uses_cpu: bool = False
@@ -76,7 +77,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     overhead: int
-    offloaded: int  # in the memory of the host instead; not in `total`
+    offloaded: int  # in host memory instead; not in `total`
 
     @property
     def total(self) -> int:
@@ -85,7 +86,7 @@ class MemoryEstimate:
 
 
 def load_sharding(recipe: Recipe) -> Sharding:
-    """What the recipe's launch config says; paths are relative to the current folder."""
+    """Load the sharding of the recipe's launch config; paths are relative to the current folder."""
     config = yaml.safe_load(Path(recipe.launch.accelerate_config).read_text())
     zero: dict[str, Any] = {}
     file = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
@@ -101,8 +102,8 @@ def load_sharding(recipe: Recipe) -> Sharding:
 
 
 def optimizer_bytes(recipe: Recipe, size: ModelSize, sharding: Sharding) -> int:
-    """Bytes of the optimizer's states over all processes; two float32 an element where the
-    optimizer is not known.
+    """Bytes of the optimizer's states over all processes; two float32 per element if the optimizer
+    is unknown.
     """
     if sharding.zero_stage:
         # DeepSpeed keeps a float32 copy and two float32 states.
@@ -116,8 +117,8 @@ def optimizer_bytes(recipe: Recipe, size: ModelSize, sharding: Sharding) -> int:
 
 
 def _eight_bit_bytes(num_elements: int) -> int:
-    """Two states of bitsandbytes: one byte an element and a float32 per 256; tensors below 4,096
-    stay in float32.
+    """Bytes of bitsandbytes' two states: one byte per element and a float32 per 256 elements;
+    tensors below 4,096 elements stay in float32.
     """
     return (
         8 * num_elements
@@ -129,8 +130,8 @@ def _eight_bit_bytes(num_elements: int) -> int:
 def estimate_memory(
     recipe: Recipe, size: ModelSize, curve: ActivationCurve, sharding: Sharding, longest_row: int
 ) -> MemoryEstimate:
-    """The peak of one process. ZeRO-1 and up divide the optimizer, 2 and up gradients, 3
-    weights.
+    """Estimate the peak of one process. ZeRO-1 and up divide the optimizer states, ZeRO-2 and up
+    the gradients, ZeRO-3 the weights.
     """
     is_lora = recipe.adapter.method == "lora"
     share = sharding.num_processes
@@ -144,7 +145,7 @@ def estimate_memory(
         if sharding.zero_stage == 3:
             weights, adapter = weights // share + _largest_layer_bytes(size), adapter // share
     else:
-        gradients *= 2 if share > 1 else 1  # DDP's buckets hold them a second time
+        gradients *= 2 if share > 1 else 1  # DDP's buckets hold a second copy
     offloaded = 0
     if sharding.offloads_optimizer:
         offloaded, optimizer = offloaded + optimizer, 0
@@ -174,17 +175,17 @@ def estimate_answer_memory(
     batch_size: int,
 ) -> int:
     """Bytes on the device of one process while `batch_size` prompts are answered up to
-    `max_new_tokens`: what training keeps between two steps, the cache of keys and values, and the
-    pass over the prompts.
+    `max_new_tokens`: the tensors that training keeps between two steps, the cache of keys and
+    values, and the pass over the prompts.
 
-    `curve` is that of `batch_size` rows; `cache_token_bytes` is of `trace_cache`.
+    `curve` is for `batch_size` rows; `cache_token_bytes` comes from `trace_cache`.
     """
     generation = recipe.evaluation.generation
     assert isinstance(generation, GenerationOn)
     kept = estimate_memory(recipe, size, curve, sharding, longest_row=0)
     num_tokens = num_prompt_tokens + generation.max_new_tokens
     cache = _CACHE_COPIES * batch_size * num_tokens * cache_token_bytes
-    # Nothing is kept for a backward: one layer, of which much is free again before its end.
+    # Nothing is kept for a backward pass: one layer, much of which is freed before its end.
     layers = curve.layer_bytes(num_prompt_tokens) + curve.rest_bytes(num_prompt_tokens)
     logits = batch_size * size.vocab_size * _ANSWER_LOGIT_BYTES
     between_steps = kept.weights + kept.adapter + kept.gradients + kept.optimizer
@@ -193,7 +194,7 @@ def estimate_answer_memory(
 
 
 def _largest_layer_bytes(size: ModelSize) -> int:
-    """What ZeRO-3 gathers at a time: about a layer."""
+    """The bytes that ZeRO-3 gathers at a time, about a layer."""
     return size.base_bytes // max(1, size.num_layers)
 
 
@@ -232,14 +233,14 @@ _SMALL_FILES_BYTES = 32 * 2**20  # tokenizer, records, scores
 
 
 def estimate_disk(recipe: Recipe, size: ModelSize, sharding: Sharding, schedule: Schedule) -> int:
-    """Bytes of one run at its fullest: while the last checkpoint that it may keep is written, or
-    exported.
+    """The peak disk use of one run in bytes, reached while it writes or exports the last
+    checkpoint that it may keep.
     """
     checkpoints = recipe.checkpoints
     weights = size.trained_bytes
     states = optimizer_bytes(recipe, size, sharding)
     written = schedule.num_checkpoints + schedule.num_evaluations
-    # And the one being written.
+    # Plus the one being written.
     num_kept = min(checkpoints.keep_latest + checkpoints.keep_best, written) + 1
     num_with_states = num_kept if checkpoints.save_optimizer else min(2, num_kept)
     folders = num_kept * weights + num_with_states * states
@@ -247,7 +248,7 @@ def estimate_disk(recipe: Recipe, size: ModelSize, sharding: Sharding, schedule:
 
 
 def free_bytes(output_root: Path) -> int:
-    """Free bytes where the runs will be written; the folder need not be there yet."""
+    """Free bytes on the disk of the output root, which need not exist yet."""
     folder = output_root.resolve()
     while not folder.exists():
         folder = folder.parent
@@ -261,11 +262,11 @@ def require_room(
     num_rows: int,
     num_processes: int,
 ) -> None:
-    """Refuse to train where the checkpoints and the export cannot all be written, those that are
-    there counted.
+    """Refuse to train if there is no room for all checkpoints and the export; existing checkpoints
+    count as written.
 
     Raises:
-        OSError: ENOSPC, with what is needed and what is free.
+        OSError: ENOSPC, with the needed and the free space.
     """
     tensors = tuple(
         TrainedTensor(name, int(getattr(one, "ds_numel", one.numel())), one.element_size())
@@ -284,10 +285,10 @@ def require_room(
 
 
 def require_room_for_checkpoint(recipe: Recipe, paths: RunPaths, step: int) -> None:
-    """Refuse to begin a checkpoint that would not fit, by the size of the newest one.
+    """Refuse to begin a checkpoint that would not fit, judged by the size of the newest one.
 
     Raises:
-        OSError: ENOSPC, with what is needed and what is free.
+        OSError: ENOSPC, with the needed and the free space.
     """
     for known in reversed(list_committed(paths)):
         try:
@@ -304,7 +305,7 @@ def require_room_for_checkpoint(recipe: Recipe, paths: RunPaths, step: int) -> N
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Raises: OSError (ENOSPC) where fewer bytes are free."""
+    """Raises: OSError (ENOSPC), if fewer bytes are free."""
     free = free_bytes(folder)
     if free < num_bytes:
         words = f"{what} would take {format_mib(num_bytes)}, {format_mib(free)} are free"

@@ -1,9 +1,9 @@
-"""How large a recipe's model is, from its configuration alone: parameters and bytes exactly,
-activations as traced.
+"""The size of a recipe's model, from its configuration alone: parameters and bytes are exact,
+activations are traced.
 
-The model is built without memory (PyTorch's meta device) by Transformers and PEFT themselves, so
-any architecture and any choice of LoRA modules is counted as it will be. Activations are what
-autograd keeps of a forward under fake tensors, which compute shapes only.
+Transformers and PEFT themselves build the model without memory (on PyTorch's meta device), so any
+architecture and any choice of LoRA modules is counted correctly. Activations are the tensors that
+autograd keeps of a forward with fake tensors, which only compute shapes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from runner.recipe.hub import load_arguments
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EightBit, FourBit
 
-# Two depths and three widths: what autograd keeps is a polynomial of degree 1 in layers and 2 in
-# tokens, exactly. Steps of two layers, because some models alternate two kinds of them.
+# Two depths and three widths suffice: the bytes that autograd keeps are exactly a polynomial of
+# degree 1 in layers and 2 in tokens. Steps of two layers, because some models alternate two kinds.
 _DEPTHS: Final = (2, 4)
 _WIDTHS: Final = (64, 128, 192)
 _BLOCK: Final = 64  # weights per scale in bitsandbytes' 4-bit formats
@@ -45,8 +45,8 @@ class TrainedTensor:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes in parameters and bytes. `base_bytes` are the weights as they are kept, quantised or
-    not, without LoRA.
+    """Sizes in parameters and bytes. `base_bytes` are the weights as stored, quantised or not,
+    without LoRA.
     """
 
     num_base_parameters: int
@@ -71,25 +71,25 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class ActivationCurve:
-    """Bytes that autograd keeps of a forward, at `_WIDTHS` tokens a row: of one layer, and of all
-    else.
+    """Bytes that autograd keeps of a forward, at `_WIDTHS` tokens per row: for one layer, and for
+    everything else.
     """
 
     per_layer: tuple[float, ...]
     rest: tuple[float, ...]
 
     def layer_bytes(self, num_tokens: int) -> int:
-        """Of one decoder layer, at `num_tokens` a row."""
+        """Bytes for one decoder layer, at `num_tokens` per row."""
         return max(0, round(_interpolate(self.per_layer, num_tokens)))
 
     def rest_bytes(self, num_tokens: int) -> int:
-        """Of what is no decoder layer: masks, the last norm."""
+        """Bytes for everything outside the decoder layers, such as masks and the last norm."""
         return max(0, round(_interpolate(self.rest, num_tokens)))
 
 
 def extend_curve(less: ActivationCurve, more: ActivationCurve, num_more: int) -> ActivationCurve:
-    """The curve of `num_more` rows above `less`, where `more` is of one row above it: what is kept
-    of each row is the same, and what is kept of weights is kept once.
+    """The curve for `num_more` rows more than `less`, if `more` is for one row more. Each row adds
+    the same bytes, and the bytes kept for weights do not grow.
     """
 
     def extend(low: Sequence[float], high: Sequence[float]) -> tuple[float, ...]:
@@ -112,7 +112,7 @@ def _interpolate(values: Sequence[float], at: int) -> float:
 
 
 def load_config(recipe: Recipe, tokenizer: Any) -> Any:
-    """The model's configuration, with the row that an added pad token takes. Raises: DataError."""
+    """The model's configuration, with the row for an added pad token. Raises: DataError."""
     try:
         config = AutoConfig.from_pretrained(
             recipe.model.path, trust_remote_code=False, **load_arguments(recipe.model)
@@ -171,8 +171,8 @@ def measure_model(recipe: Recipe, config: Any) -> ModelSize:
 
 
 def _build(recipe: Recipe, config: Any, num_layers: int | None) -> Any:
-    """The base model on the meta device, in the recipe's dtype, with another number of layers where
-    one is given.
+    """The base model on the meta device, in the recipe's dtype, with `num_layers` layers if that is
+    not None.
     """
     content = config.to_dict()
     if num_layers is not None:
@@ -193,7 +193,7 @@ def _build(recipe: Recipe, config: Any, num_layers: int | None) -> Any:
 
 @contextmanager
 def _without_warnings() -> Any:
-    """Transformers says at every build what it will say again when the run starts."""
+    """Silence Transformers, which warns at every build and will warn again when the run starts."""
     import transformers
 
     level = transformers.logging.get_verbosity()
@@ -208,7 +208,7 @@ def _adapt(recipe: Recipe, model: Any) -> Any:
     lora = build_lora_config(recipe)
     if lora is None:
         return model
-    lora.init_lora_weights = True  # others compute with weights, which are not there
+    lora.init_lora_weights = True  # other values compute with weights, which do not exist here
     with torch.device("meta"), _without_warnings():
         return get_peft_model(model, lora)
 
@@ -234,7 +234,7 @@ def _quantized_bytes(recipe: Recipe, weight: torch.Tensor) -> int:
         return num_elements + 4 * weight.shape[0]  # one float32 scale per row
     assert isinstance(quantization, FourBit)
     num_blocks = math.ceil(num_elements / _BLOCK)
-    codes = math.ceil(num_elements / 2) + 16 * 4  # and the 16 values that they stand for
+    codes = math.ceil(num_elements / 2) + 16 * 4  # and the 16 values that they represent
     if not quantization.bnb_4bit_use_double_quant:
         return codes + 4 * num_blocks
     return codes + num_blocks + 4 * math.ceil(num_blocks / _OUTER_BLOCK) + 256 * 4 + 4
@@ -251,7 +251,9 @@ def _compute_bytes(recipe: Recipe) -> int:
 
 
 def trace_activations(recipe: Recipe, config: Any, batch_size: int) -> ActivationCurve:
-    """What autograd keeps of a forward of `batch_size` rows, without gradient checkpointing."""
+    """Trace the bytes that autograd keeps of a forward of `batch_size` rows, without gradient
+    checkpointing.
+    """
     shallow, deep = (_trace(recipe, config, num_layers, batch_size) for num_layers in _DEPTHS)
     span = _DEPTHS[1] - _DEPTHS[0]
     per_layer = tuple((more - less) / span for less, more in zip(shallow, deep, strict=True))
@@ -260,11 +262,11 @@ def trace_activations(recipe: Recipe, config: Any, batch_size: int) -> Activatio
 
 
 def trace_cache(recipe: Recipe, config: Any) -> int:
-    """Bytes of keys and values that a model keeps of each token while it writes an answer. A layer
-    with a sliding window is taken to keep every token.
+    """Bytes of keys and values that a model keeps for each token during generation. A layer with a
+    sliding window is assumed to keep every token.
 
     Raises:
-        DataError: it keeps something else.
+        DataError: the model's cache does not hold keys and values.
     """
     depth = _DEPTHS[0]
     model, mode = _build(recipe, config, depth), FakeTensorMode()
@@ -314,7 +316,7 @@ def _trace_width(
             torch.autocast("cpu", dtype=dtype, enabled=training.bf16 or training.fp16),
             _without_warnings(),
         ):
-            output = backbone(input_ids=input_ids, use_cache=False)  # alive until all are counted
+            output = backbone(input_ids=input_ids, use_cache=False)  # kept until all are counted
         storages = {
             tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept
         }
@@ -323,9 +325,7 @@ def _trace_width(
 
 
 def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Turn meta tensors into fake ones of the CPU: autocast and attention kernels look at the
-    device.
-    """
+    """Turn meta tensors into fake CPU tensors: autocast and attention kernels check the device."""
     cpu = torch.device("cpu")
     for module in model.modules():
         for name, parameter in module._parameters.items():

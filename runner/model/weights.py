@@ -1,8 +1,8 @@
 """Weights on disk: makes an export reproducible, reads it again and checks it.
 
-Every trained tensor is there, whole and finite; it equals that of the best checkpoint; the model
-scores what it scored when that checkpoint was written. Also loads the whole tensors of a checkpoint
-into a model that DeepSpeed may have partitioned.
+The checks: every trained tensor is there, whole and finite; it equals that of the best checkpoint;
+the model has the same score as when that checkpoint was written. This module also loads the whole
+tensors of a checkpoint into a model that DeepSpeed may have partitioned.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ class ExportError(RunnerError):
     """An export that would not load or would load something else."""
 
 
-# The same weights, rows and code: equal to the last bit where kernels are deterministic. This
-# leaves room for others.
+# The same weights, rows and code give scores equal to the last bit if kernels are deterministic.
+# The tolerance allows for other kernels.
 _SCORE_TOLERANCE: Final = 1e-3
 # PEFT keeps these as sets and writes them in an order that differs from process to process.
 _SETS: Final = ("target_modules", "modules_to_save", "exclude_modules")
 
 
-# Of a tokenizer's configuration: how it was loaded here, which depends on HF_HUB_OFFLINE.
+# Fields of a tokenizer's configuration that record how it was loaded, which depends on
+# HF_HUB_OFFLINE.
 _OF_LOADING: Final = ("is_local", "local_files_only")
 
 
 def drop_loading_options(model_dir: Path) -> None:
-    """Take out of `tokenizer_config.json` how the tokenizer was loaded, so that equal runs export
-    equal bytes.
+    """Remove the loading options from `tokenizer_config.json`, so that equal runs export equal
+    bytes.
     """
     path = model_dir / "tokenizer_config.json"
     content = load_json(path)
@@ -55,7 +56,7 @@ def drop_loading_options(model_dir: Path) -> None:
 
 
 def sort_adapter_config(model_dir: Path) -> None:
-    """Write the sets of `adapter_config.json` in order, so that equal runs export equal bytes."""
+    """Sort the sets in `adapter_config.json`, so that equal runs export equal bytes."""
     path = model_dir / "adapter_config.json"
     content = load_json(path)
     if content is not None:
@@ -66,17 +67,18 @@ def sort_adapter_config(model_dir: Path) -> None:
 
 
 def collect_resized_embeddings(model: Any, base: ModelSection) -> dict[str, torch.Tensor]:
-    """The frozen embeddings of a PEFT model, by their names, if a row was added to them; whole, on
-    every rank.
+    """The frozen embeddings of a PEFT model, by name, if a row was added to them; whole, on every
+    rank.
 
-    PEFT saves what it trains, and would guess the rest by asking the hub for the base's vocabulary
-    size. Without these an adapter with an added pad token could not be loaded again as it was.
+    PEFT saves only trained tensors, and would query the hub for the base's vocabulary size to guess
+    the rest. Without these embeddings, an adapter with an added pad token could not be reloaded
+    exactly.
     """
     layers = [
         getattr(one, "base_layer", one)
         for one in (model.get_input_embeddings(), model.get_output_embeddings())
     ]
-    # Tied ones once, under the name of the input.
+    # Tied embeddings are saved once, under the name of the input embedding.
     weights: dict[int, tuple[str, torch.nn.Parameter]] = {}
     for name, module in model.named_modules():
         if module in layers:
@@ -95,11 +97,11 @@ def collect_resized_embeddings(model: Any, base: ModelSection) -> dict[str, torc
 
 @contextmanager
 def gathered(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Whole weights inside, also where ZeRO-3 has partitioned them."""
+    """Hold the weights whole inside the context, even if ZeRO-3 has partitioned them."""
     if not any(hasattr(weight, "ds_id") for weight in weights):
         yield
         return
-    import deepspeed  # `deepspeed.zero` is an attribute of it, no module
+    import deepspeed  # `deepspeed.zero` is an attribute, not a module
 
     with deepspeed.zero.GatheredParameters(list(weights)):
         yield
@@ -108,10 +110,10 @@ def gathered(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 def hash_trained(
     model: torch.nn.Module, *, is_main: bool = True, sign_of_life: Callable[[], None] = lambda: None
 ) -> str:
-    """SHA-256 over the parameters that are trained, in order of name: name, dtype, shape, bytes.
+    """SHA-256 over the trained parameters, in order of name: name, dtype, shape, bytes.
 
-    Of the main process, whose weights all others are given when training begins; every rank must
-    call it, because ZeRO-3 gathers each parameter. `sign_of_life` is called for each.
+    The main process computes it; all other ranks get its weights when training begins. Every rank
+    must call this, because ZeRO-3 gathers each parameter. `sign_of_life` is called for each.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -128,7 +130,7 @@ def hash_trained(
 
 
 def add_to_adapter(model_dir: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put more tensors into a saved adapter, under names that PEFT loads into the base model."""
+    """Add tensors to a saved adapter, under names that PEFT loads into the base model."""
     if tensors:
         path = model_dir / "adapter_model.safetensors"
         save_file(load_file(path) | dict(tensors), path, metadata={"format": "pt"})
@@ -144,8 +146,8 @@ def exported_name(parameter_name: str) -> str:
 
 
 def verify_export(model_dir: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check the safetensors files of `model_dir` against `expected`, trained parameter names and
-    their shapes.
+    """Check the safetensors files of `model_dir` against `expected`, which maps the names of
+    trained parameters to their shapes.
 
     Raises:
         ExportError: a tensor is missing, empty, of another shape or not finite.
@@ -171,10 +173,10 @@ def verify_same_weights(model_dir: Path, checkpoint_dir: Path) -> None:
     """Check that an export holds every tensor of the checkpoint that it was made from; it may hold
     more.
 
-    A checkpoint whose weights only DeepSpeed's own files hold is not looked into.
+    A checkpoint with weights only in DeepSpeed's own files is not checked.
 
     Raises:
-        ExportError: a tensor is missing or another one.
+        ExportError: a tensor is missing or differs.
     """
     with ExitStack() as files:
         exported = _open_tensors(model_dir, files)
@@ -187,7 +189,7 @@ def verify_same_weights(model_dir: Path, checkpoint_dir: Path) -> None:
             wider = torch.promote_types(one.dtype, other.dtype)
             if one.shape != other.shape or not torch.equal(one.to(wider), other.to(wider)):
                 raise ExportError(
-                    f"{model_dir}: the exported tensor {name} is not that of {checkpoint_dir}"
+                    f"{model_dir}: the exported tensor {name} differs from that of {checkpoint_dir}"
                 )
 
 
@@ -205,7 +207,7 @@ def verify_score(score: SplitScore, rows: Sequence[Mapping[str, Any]], step: int
     `metrics.jsonl`.
 
     Raises:
-        ExportError: it was not recorded, or is another one.
+        ExportError: the score was not recorded, or differs.
     """
     recorded = next(
         (row for row in rows if row["step"] == step and row.get("split") == "validation"), None
@@ -213,23 +215,22 @@ def verify_score(score: SplitScore, rows: Sequence[Mapping[str, Any]], step: int
     if recorded is None:
         raise ExportError(
             f"the best weights are those of step {step},"
-            " but metrics.jsonl holds no evaluation of it"
+            " but metrics.jsonl has no evaluation of that step"
         )
     for name in ("completion_nll_sum", "nll_sum"):
         now, before = getattr(score, name), float(recorded[name])
         if not math.isclose(now, before, rel_tol=_SCORE_TOLERANCE):
             raise ExportError(
-                f"the weights of step {step} score another {name} than when they were saved:"
+                f"the weights of step {step} have another {name} than when they were saved:"
                 f" {before} -> {now}"
             )
 
 
 def load_gathered_weights(model: torch.nn.Module, checkpoint_dir: Path) -> None:
-    """Put the whole tensors of a checkpoint into a model of DeepSpeed, whose own files were
-    stripped from it.
+    """Load the whole tensors of a checkpoint without DeepSpeed's own files into a DeepSpeed model.
 
-    Transformers only loads those. The optimizer's copy of the weights is left as it is: nothing is
-    trained afterwards.
+    Transformers can only load from those files. The optimizer's copy of the weights is not updated,
+    because no training follows.
     """
     from deepspeed.runtime.zero import GatheredParameters
 

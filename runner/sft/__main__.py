@@ -30,8 +30,8 @@ from runner.sft.startup import WorldPlace, uses_deepspeed
 
 
 def main(*, is_forked: bool = False) -> int:
-    """Train; on failure leave its kind and message in the attempt, which is all that the launch
-    side goes by. `is_forked`: from a worker, which has set aside what its imports made.
+    """Train. On failure, write its kind and message to the attempt, which is all that the launch
+    side reads. `is_forked`: by a worker, which has already frozen the objects of its imports.
     """
     if len(sys.argv) != 2:
         print("usage: accelerate launch ... -m runner.sft RUN_DIR", file=sys.stderr)
@@ -49,8 +49,8 @@ def main(*, is_forked: bool = False) -> int:
         hide_bitsandbytes_warning()
         from runner.sft.train import train
 
-        # What the imports made lives until the end. accelerate collects garbage before it prepares
-        # the model, and walking through these objects took it 0.25 s.
+        # The objects of the imports live until the end. accelerate collects garbage before it
+        # prepares the model, and traversing these objects took it 0.25 s.
         if not is_forked:
             gc.freeze()
         train(run_dir, place, preemption)
@@ -68,11 +68,11 @@ def main(*, is_forked: bool = False) -> int:
 
 
 def _hold_lease(run_dir: Path, place: WorldPlace) -> Lease | int | None:
-    """The lease of the run: inherited as stdin from the runner, or taken here when the command was
-    typed by hand.
+    """The lease of the run: inherited as stdin from the runner, or acquired here if the command
+    was typed by hand.
 
-    What this process executes later (a tracker's daemon, say) must not hold the run when it is
-    over: the lease moves to a descriptor that is closed on exec.
+    Programs that this process executes later, such as a tracker's daemon, must not hold the run
+    after its end. The lease therefore moves to a descriptor that is closed on exec.
     """
     path = RunPaths(run_dir).lease_path
     if path.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat()):
@@ -94,7 +94,7 @@ def _hold_lease(run_dir: Path, place: WorldPlace) -> Lease | int | None:
 
 
 def _say(error: BaseException) -> None:
-    with contextlib.suppress(OSError):  # a full disk takes the log too
+    with contextlib.suppress(OSError):  # on a full disk the log cannot be written either
         if isinstance(error, RunnerError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
@@ -103,7 +103,7 @@ def _say(error: BaseException) -> None:
 
 
 def _listen(run_dir: Path, place: WorldPlace) -> Preemption:
-    """Hear what asks this attempt to leave, before anything heavy is imported."""
+    """Listen for requests to stop this attempt, before anything heavy is imported."""
     paths = RunPaths(run_dir)
     attempts = load_record(paths).attempts
     preemption = Preemption(paths, attempts[-1].number if attempts else 0, place)
@@ -112,7 +112,7 @@ def _listen(run_dir: Path, place: WorldPlace) -> Preemption:
 
 
 def _announce_imports(run_dir: Path, place: WorldPlace) -> None:
-    """Show the first phase in `progress.json`, which lasts minutes on a cold or slow disk."""
+    """Show the first phase in `progress.json`; it lasts minutes on a cold or slow disk."""
     paths = RunPaths(run_dir)
     if place.rank == 0 and (attempts := load_record(paths).attempts):
         progress = Progress(phase="importing libraries", phase_began_at_utc=now_utc())
@@ -121,8 +121,8 @@ def _announce_imports(run_dir: Path, place: WorldPlace) -> None:
 
 
 def _record_failure(run_dir: Path, place: WorldPlace, failure: Failure) -> None:
-    """Each rank writes what it saw; the launch side chooses: most ranks only lose the one that
-    knows why.
+    """Write the failure that this rank saw. The launch side chooses among them: most ranks only
+    lose contact with the one that knows the cause.
     """
     paths = RunPaths(run_dir)
     attempts = load_record(paths).attempts
@@ -133,7 +133,7 @@ def _record_failure(run_dir: Path, place: WorldPlace, failure: Failure) -> None:
     try:
         write_json_atomic(failure_path, content)
     except OSError:
-        # Only drawn; on a full disk it makes room for what counts.
+        # It is only for display; removing it makes room for the failure on a full disk.
         files.progress_path.unlink(missing_ok=True)
         write_json_atomic(failure_path, content)
 

@@ -1,7 +1,7 @@
-"""The arguments of `trl.SFTConfig` that a recipe comes to; what the runner does itself is switched
-off.
+"""The arguments of `trl.SFTConfig` that follow from a recipe; anything that the runner does itself
+is switched off.
 
-The trainer builds its configuration of them, and the preflight builds the same before a run.
+The trainer builds its configuration from them, and the preflight builds the same one before a run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from trl import SFTConfig
 
 from runner.recipe.parse import Recipe, derive_accumulation, derive_eval_batch, derive_micro_batch
 
-# The main process hashes, archives and fetches checkpoints while the others wait; Transformers'
-# default is 1800.
+# The main process hashes, archives and fetches checkpoints while the others wait, which can exceed
+# Transformers' default of 1800.
 _COLLECTIVE_TIMEOUT_SECONDS: Final = 3 * 3600
 
 
@@ -25,7 +25,7 @@ def list_arguments(
     """Every argument by name; `divisor` is `Attempt.micro_batch_divisor`."""
     training = recipe.training
     return {
-        "dataloader_pin_memory": not uses_cpu,  # a recipe may state it
+        "dataloader_pin_memory": not uses_cpu,  # a recipe may override it
         **training.hugging_face_arguments(),
         "output_dir": str(output_dir),
         "seed": training.seed,
@@ -58,5 +58,5 @@ def list_arguments(
 def build_config(arguments: Mapping[str, Any]) -> SFTConfig:
     """The configuration of a trainer, from `list_arguments`."""
     config = SFTConfig(**arguments)
-    config.report_to = []  # Kubeflow's adds itself where its environment is set
+    config.report_to = []  # Kubeflow's tracker adds itself if its environment is set
     return config

@@ -1,11 +1,10 @@
-"""What the untouched model scores and answers at step 0: taken from the run that has computed it
-under this output root, or computed here and kept for others.
+"""Scores and answers of the base model at step 0, reused from another run under this output root or
+computed here and stored for others.
 
-`base_key` says for which runs that is the same computation. Each run that takes the scores of
-another one scores a few rows for itself and holds them against what it was given. Nothing here
-fails a run: where something is in the way, it scores by itself and says so in one line. Where the
-scores came from stands in the attempt's `base.json`, so that the files of the run are the same
-bytes either way.
+`base_key` decides which runs make the same computation. A run that reuses stored scores scores a
+few rows itself and compares them. Nothing here fails a run: if the scores cannot be shared, the run
+computes its own and logs the reason in one line. The source of the scores is recorded only in the
+attempt's `base.json`, so the other files of the run are the same bytes either way.
 """
 
 from __future__ import annotations
@@ -60,10 +59,10 @@ _WAITING: Final = "waiting for another run to score the base model"
 
 @dataclass(frozen=True)
 class BaseScores:
-    """All that is computed of the untouched model; no answers where none are asked for.
+    """Everything computed from the base model; without answers if the recipe generates none.
 
-    `again` are a few test rows, scored once more by themselves: what is in a batch moves the last
-    bits, so that another run makes the same small batches, and compares.
+    `again` holds the scores of a few test rows in small batches of their own. The other rows in a
+    batch change the last bits of a score, so another run scores the same small batches to compare.
     """
 
     test: list[RowScore]
@@ -73,7 +72,7 @@ class BaseScores:
     again: list[RowScore] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """As the files of an entry."""
+        """Write the files of an entry."""
         scores = {"test": self.test, "validation": self.validation, "again": self.again}
         answers = {"test": self.test_answers, "validation": self.validation_answers}
         for name, splits in (("scores", scores), ("answers", answers)):
@@ -83,7 +82,7 @@ class BaseScores:
 
     @classmethod
     def load(cls, folder: Path) -> BaseScores:
-        """What `write` wrote, every number to its last bit.
+        """Return the scores that `write` stored, with every number exact to its last bit.
 
         Raises:
             CorruptFileError: a file has another shape.
@@ -99,10 +98,10 @@ class BaseScores:
                 again=[_read_score(row) for row in scores["again"]],
             )
         except (TypeError, KeyError, AttributeError) as error:
-            raise CorruptFileError(f"{folder} is of another shape: {error!r}") from None
+            raise CorruptFileError(f"{folder} has an unexpected shape: {error!r}") from None
 
 
-# By hand: pydantic takes no text with half a surrogate, which the id of a row may be.
+# Checked by hand: pydantic rejects texts with half a surrogate pair, which a row id may contain.
 _SCORE_TYPES: Final = get_type_hints(RowScore)
 
 
@@ -147,9 +146,9 @@ def obtain_base_scores(
     score_again: Callable[[], list[RowScore]],
     wait_seconds: float | None = None,
 ) -> BaseScores:
-    """The scores of the base model; every rank must ask at the same point. `compute` makes them
-    all, `score_again` those of a few test rows. While another run computes them, this one waits for
-    `wait_seconds`; None: ten minutes, or two where other ranks wait in a collective meanwhile.
+    """The scores of the base model; every rank must call this at the same point. `compute` returns
+    all of them, `score_again` those of a few test rows. While another run computes them, this one
+    waits up to `wait_seconds`; None: ten minutes, or two if other ranks wait in a collective.
     """
     distributed_type = trainer.accelerator.distributed_type.value
     dynamo = trainer.accelerator.state.dynamo_plugin.backend.value
@@ -170,8 +169,8 @@ def obtain_base_scores(
             difference = difference or find_difference(found.test, again, OF_BATCHES)
             if context.on_main(lambda: shelf.judge(difference)):
                 return found
-        # What the first forwards leave behind is left by those few rows too, which every run
-        # scores. The rest must leave nothing, or a run that skips it would train differently.
+        # Every run scores those few rows, so the first forwards may leave state in the model. The
+        # other rows must leave none, or a run that skips them would train differently.
         before = ModelState(trainer.model)
         scores = compute()
         change = before.find_change(ModelState(trainer.model))
@@ -182,26 +181,26 @@ def obtain_base_scores(
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two sums of one row may be apart: a part of them, or nats."""
+    """The largest accepted difference between two sums of one row, relative or in nats."""
 
     relative: float
     nats: float
 
     def allows(self, one: float, other: float) -> bool:
-        """Whether they may count as equal."""
+        """True if the two sums count as equal."""
         return one == other or math.isclose(one, other, rel_tol=self.relative, abs_tol=self.nats)
 
 
 EXACT: Final = Tolerance(0.0, 0.0)
-OF_SUMS: Final = Tolerance(1e-3, 1e-4)  # of a GPU, which may add up in another order
-# Of other rows in the batch, in the narrowest dtype: tells other weights, no more.
+OF_SUMS: Final = Tolerance(1e-3, 1e-4)  # a GPU may add up in another order
+# For other rows in the batch, in the narrowest dtype. It only detects other weights.
 OF_BATCHES: Final = Tolerance(0.05, 0.5)
 
 
 def find_difference(
     theirs: Sequence[RowScore], ours: Sequence[RowScore], tolerance: Tolerance
 ) -> str | None:
-    """The first score of ours that is not theirs; None where they have all of ours."""
+    """Describe the first of our scores that differs from theirs; None if all are equal."""
     by_id = {one.row_id: one.as_json() for one in theirs}
     for our in ours:
         their = by_id.get(our.row_id, {})
@@ -218,8 +217,8 @@ def find_difference(
 
 @dataclass
 class _Shelf:
-    """The place of one entry, as the main process sees it: looks, waits, keeps, and never raises
-    for what it finds.
+    """The place of one entry, as the main process sees it. It finds, waits for and stores the
+    entry, and never raises because of what it finds.
     """
 
     context: RunContext
@@ -227,15 +226,15 @@ class _Shelf:
     _stack: ExitStack
     _key: str | None = None  # the hash of the parts, once they are known
     _parts: Mapping[str, Any] = field(default_factory=dict)
-    _entry: Entry | None = None  # what was found
-    _producer: BaseProducer | None = None  # of it
-    is_ours: bool = False  # the lock, under which the entry is written
-    _why: str = ""  # nothing is kept
+    _entry: Entry | None = None  # the entry that was found
+    _producer: BaseProducer | None = None  # the run that wrote it
+    is_ours: bool = False  # this run holds the lock under which the entry is written
+    _why: str = ""  # the reason why nothing is shared
 
     @classmethod
     @contextmanager
     def open(cls, context: RunContext, samples: Samples) -> Iterator[_Shelf]:
-        """A place of which nothing is known yet; the lock of the entry is free again afterwards."""
+        """A place that has not been looked up yet; the lock of the entry is released at exit."""
         with ExitStack() as stack:
             yield cls(context, samples, stack)
 
@@ -249,20 +248,20 @@ class _Shelf:
     def look(
         self, trainer: Trainer, devices: Sequence[str], wait_seconds: float | None
     ) -> BaseScores | None:
-        """What the entry holds; None where there is none, and then the lock is ours unless
-        something is in the way.
+        """The scores in the entry, or None if there is none; the lock is then ours, unless
+        something prevents that.
         """
         context = self.context
         try:
             as_run = read_as_run(context, trainer, devices)
             self._parts = build_parts(context.recipe, context.contents, self.samples, as_run)
             self._key = hash_json(self._parts)
-        # A library that says no to a look at its settings costs time, and no run.
+        # A library that refuses to show its settings costs this run time, but does not fail it.
         except Exception as error:
-            self._why = f"nobody can tell what its scores depend on: {error!r}"
+            self._why = f"it is unknown what its scores depend on: {error!r}"
             return None
         if as_run.base is None:
-            self._why = "nothing says which content `model.path` had when it was loaded"
+            self._why = "the content of `model.path` when it was loaded is unknown"
             return None
         try:
             found = self._find()
@@ -282,7 +281,7 @@ class _Shelf:
         self.is_ours = False
 
     def _is_not_shared(self) -> bool:
-        """Whether a run has found that such scores cannot be kept."""
+        """True if a run has found that these scores cannot be shared."""
         if (why := find_not_shared(self.folder)) is not None:
             self._why = why
         return why is not None
@@ -317,14 +316,14 @@ class _Shelf:
                 raise CorruptFileError(f"{self.folder} has answers to other {split} rows")
 
     def _limit_answers(self, split: str) -> int | None:
-        """How many rows are answered; None: all."""
+        """The number of rows that are answered; None: all."""
         settings = self.context.recipe.evaluation.generation
         if isinstance(settings, GenerationOn) and (split == "test" or settings.during_training):
             return settings.num_samples
         return 0
 
     def _take_lock(self, wait_seconds: float | None) -> bool:
-        """Whether the lock is ours, at once or after a while."""
+        """True if this run gets the lock, immediately or after a wait."""
         self.is_ours = self._stack.enter_context(hold_entry(self.folder, lambda: False))
         if self.is_ours:
             return True
@@ -340,18 +339,18 @@ class _Shelf:
         with self.context.phase(_WAITING):
             self.is_ours = self._stack.enter_context(hold_entry(self.folder, go_on))
         if not self.is_ours:
-            self._why = f"another run has been at it for {format_seconds(wait_seconds)}"
+            self._why = f"another run has been computing it for {format_seconds(wait_seconds)}"
         return self.is_ours
 
     def judge(self, difference: str | None) -> bool:
-        """Whether what was found may be taken; else it goes into quarantine."""
+        """True if the scores that were found may be used; otherwise they are quarantined."""
         assert self._producer is not None, "it was found"
         if difference is None:
             source = BaseSource(source="shared", key=self._key, producer=self._producer)
             _note(self.context, source)
             return True
         self._why = (
-            f"the scores of {self._producer.run}, attempt {self._producer.attempt}, are others:"
+            f"the scores of {self._producer.run}, attempt {self._producer.attempt}, differ:"
             f" {difference}"
         )
         with contextlib.suppress(CorruptFileError, OSError):
@@ -359,10 +358,10 @@ class _Shelf:
         return False
 
     def keep(self, scores: BaseScores, change: str | None) -> None:
-        """Write the entry, where the lock is ours and the model is as it was before."""
+        """Write the entry if this run holds the lock and scoring left the model unchanged."""
         is_kept = False
         if self.is_ours and change is not None:
-            self._why = f"it does not come out the same each time, or leaves something: {change}"
+            self._why = f"scoring is not reproducible, or changes the model: {change}"
             with contextlib.suppress(CorruptFileError, OSError):
                 note_not_shared(self.folder, self._why)
         elif self.is_ours:
@@ -395,7 +394,7 @@ def _read_producer(entry: Entry) -> BaseProducer:
 
 
 def _note(context: RunContext, source: BaseSource) -> None:
-    """Say where the scores come from, in the log and in `base.json`."""
+    """Log the source of the scores, and write it to `base.json`."""
     if context.is_main:
         print(f"scores of the base model: {source.describe()}", flush=True)
         with contextlib.suppress(CorruptFileError, OSError):

@@ -1,7 +1,7 @@
-"""The key of what is computed of the untouched model: all that its scores and answers depend on.
+"""The key of the base model's scores and answers: everything that they depend on.
 
-Two runs share them only where every part is equal. A part too many costs a computation, a part too
-few gives a run numbers that are not its own, so that what is not known to be without effect is in.
+Two runs share scores only if every part is equal. An unnecessary part costs a computation, but a
+missing part gives a run wrong numbers. Anything not known to have no effect is therefore included.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from runner.sft.startup import uses_deepspeed
 
 # The layout of the files of an entry.
 FORMAT: Final = 1
-# What LoRA may state with any value: at the start one factor of each product is zero, so that the
-# model computes what the base computes.
+# LoRA fields that may have any value: at the start one factor of each product is zero, so the model
+# computes the same as the base model.
 _NEUTRAL_LORA_FIELDS: Final = frozenset(
     {
         "alpha_pattern",
@@ -56,7 +56,7 @@ _NEUTRAL_LORA_FIELDS: Final = frozenset(
         "use_rslora",
     }
 )
-# Of `training`: what only updates, orders or reports. Every other field is a part of the key.
+# Fields of `training` that affect only updates, order or logging. All others are part of the key.
 _TRAINING_WITHOUT_EFFECT: Final = frozenset(
     {
         "adam_beta1",
@@ -82,7 +82,7 @@ _TRAINING_WITHOUT_EFFECT: Final = frozenset(
         "weight_decay",
     }
 )
-# Variables by which the libraries below choose how to compute.
+# Environment variables that change how libraries compute.
 _OF_COMPUTATION: Final = re.compile(
     r"(?!.*_(CACHE|DIR|HOME|PATH)$)"
     r"((ATEN|BNB|CUBLAS|CUBLASLT|CUDNN|DNNL|FLASH_ATTENTION|HIPBLASLT|KMP|MIOPEN|MKL|OMP|ONEDNN"
@@ -90,7 +90,7 @@ _OF_COMPUTATION: Final = re.compile(
     r"|LD_PRELOAD|NVIDIA_TF32_OVERRIDE|USE_HUB_KERNELS)"
 )
 
-# Of `torch.backends`; the older `allow_tf32` raises where somebody has set these.
+# Attributes of `torch.backends`; reading the older `allow_tf32` raises if these were set.
 _PRECISIONS: Final = tuple(
     f"{name}.fp32_precision" for name in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul")
 )
@@ -99,23 +99,23 @@ _PRECISIONS: Final = tuple(
 def explain_own_base(
     recipe: Recipe, asked: AskedBase, distributed_type: str, dynamo: str = "NO"
 ) -> str | None:
-    """The reason for which a run scores and answers by itself; None where it may share. `dynamo` is
-    the backend by which Accelerate compiles.
+    """The reason why a run must compute its own base scores; None if it may share them. `dynamo` is
+    the backend with which Accelerate compiles.
     """
     if asked == "own":
-        return "`--own-base` asks for it"
+        return "`--own-base` was given"
     if distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        return f"the weights are kept by {distributed_type}, whose order of work is its own"
+        return f"{distributed_type} holds the weights and may compute in another order"
     training = recipe.training.hugging_face_arguments()
     if dynamo != "NO":
-        return "`dynamo_config`: what is compiled depends on what was computed before"
+        return "`dynamo_config`: the compiled code depends on earlier computations"
     compiled = [name for name, value in training.items() if name.startswith("torch_comp") and value]
     if compiled:
-        return f"`training.{compiled[0]}`: what is compiled depends on what was computed before"
+        return f"`training.{compiled[0]}`: the compiled code depends on earlier computations"
     if recipe.list_python_files() and (names := list_editable()):
         return (
-            f"its Python functions may import {', '.join(names)}, installed to be edited in place:"
-            " the version stays while the code changes"
+            f"its Python functions may import editable installs ({', '.join(names)}), whose code"
+            " can change under the same version"
         )
     if recipe.adapter.method == "none":
         return None
@@ -130,10 +130,10 @@ def explain_own_base(
 
 @dataclass(frozen=True)
 class AsRun:
-    """What only a running trainer knows, of all that a score or an answer depends on."""
+    """The parts of the key that only a running trainer knows."""
 
-    base: str | None  # content hash or hub commit of model and tokenizer; None: nobody knows
-    tokenizer: str | None  # content, where `base` is a commit
+    base: str | None  # content hash or hub commit of model and tokenizer; None: unknown
+    tokenizer: str | None  # content hash, if `base` is a commit
     num_embedding_rows: int
     pad_token_id: int
     attn_implementation: str | None
@@ -144,17 +144,17 @@ class AsRun:
     num_threads: int
     precision: Mapping[str, Any]
     devices: tuple[str, ...]  # by rank, with driver
-    variables: Mapping[str, str]  # hashes: an entry holds no value of the environment
-    generation: Mapping[str, Any] | None  # Transformers' settings, where texts are generated
-    launch: Any  # of the accelerate config
+    variables: Mapping[str, str]  # hashes: an entry stores no value of the environment
+    generation: Mapping[str, Any] | None  # Transformers' settings, if texts are generated
+    launch: Any  # settings of the accelerate config
     hidden_libraries: tuple[str, ...]
     versions: Mapping[str, str]
-    installed: str  # hash of all that is installed
-    runner: str  # hash of its sources
+    installed: str  # hash of everything that is installed
+    runner: str  # hash of the runner's sources
 
 
 def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -> AsRun:
-    """Look at the process; `devices` are those of all ranks."""
+    """Collect these parts from the process; `devices` are those of all ranks."""
     recipe, model = context.recipe, trainer.accelerator.unwrap_model(trainer.model)
     tokenizer, generation = trainer.processing_class, recipe.evaluation.generation
     base, is_here = context.contents.get(recipe.model.path), Path(recipe.model.path).exists()
@@ -199,7 +199,7 @@ def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -
 def build_parts(
     recipe: Recipe, contents: Mapping[str, str], samples: Samples, as_run: AsRun
 ) -> dict[str, Any]:
-    """The parts of the key, which is their hash. Pure."""
+    """The parts of the key; their hash is the key. Pure."""
     generation, metrics = recipe.evaluation.generation, recipe.evaluation.metrics
     dumped = recipe.model_dump(mode="json")
     answers = {}
@@ -236,7 +236,7 @@ def build_parts(
 
 
 def describe_device(device: torch.device) -> str:
-    """The kind of a device, and what computes there."""
+    """The type of a device, with its model and its driver or CPU capability."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, driver {_read_driver()}"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -259,7 +259,7 @@ def _read_processor() -> str:
 
 
 def _hash_scored(rows: Iterable[Row]) -> str:
-    """All that `RowScore` is made of."""
+    """A hash of everything that `RowScore` is computed from."""
     return _hash_each(
         [row.row_id, row.group, row.input_ids, row.num_bytes]
         + [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
@@ -272,12 +272,12 @@ def _list_ends(spans: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def _hash_judged(rows: Iterable[Row], *, with_columns: bool) -> str:
-    """What the answers to these rows are judged by."""
+    """A hash of everything that the answers to these rows are judged by."""
     return _hash_each([row.references, dict(row.columns) if with_columns else None] for row in rows)
 
 
 def _hash_each(described: Iterable[Any]) -> str:
-    """One after the other: a split may be large."""
+    """A hash of all items, serialized one by one because a split may be large."""
     digest = hashlib.sha256()
     for one in described:
         digest.update(json.dumps(one, default=repr).encode() + b"\n")
@@ -294,15 +294,15 @@ def _list_gpu_dice() -> list[torch.Tensor]:
 
 
 class ModelState:
-    """What a forward could leave behind in a model or in the dice; two are equal where it has not.
+    """State that a forward could change in a model or in the random generators.
 
-    Weights are not looked at: no forward changes them but the first one of a quantised layer, and
-    every run makes one before it trains. Some models do keep something, such as rotary frequencies
-    that grow with the longest text seen.
+    Weights are not compared. Only the first forward of a quantised layer changes them, and every
+    run makes one before it trains. Some models do keep state, such as rotary frequencies that grow
+    with the longest text seen.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        # Tensors are held, so that no other one gets the identity of one that is gone.
+        # References keep the tensors alive, so no new tensor can get the id of an old one.
         self._tensors: list[torch.Tensor] = []
         self._model = {
             name: self._describe_module(module) for name, module in model.named_modules()
@@ -320,7 +320,7 @@ class ModelState:
             if isinstance(value, torch.Tensor):
                 self._tensors.append(value)
                 described[name] = (id(value), value._version)
-            # `training` is set before each step
+            # `training` is set before each step.
             elif name != "training" and (
                 value is None or isinstance(value, bool | int | float | str)
             ):
@@ -328,14 +328,12 @@ class ModelState:
         return described
 
     def find_change(self, later: ModelState) -> str | None:
-        """The first thing that is another one later; None where all is as it was."""
+        """Describe the first difference from a later state; None if nothing changed."""
         if self._dice != later._dice:
             return "random numbers were drawn"
         for name in {**self._model, **later._model}:
             if self._model.get(name) != later._model.get(name):
                 before, after = self._model.get(name, {}), later._model.get(name, {})
                 key = next(key for key in {**before, **after} if before.get(key) != after.get(key))
-                return (
-                    f"{name}.{key} is another one than before" if name else f"{key} is another one"
-                )
+                return f"{name}.{key} has changed" if name else f"{key} has changed"
         return None

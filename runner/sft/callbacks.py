@@ -1,5 +1,5 @@
-"""When a run evaluates, saves and stops. Each decision is taken once, at the end of a step, from
-restored state.
+"""Callbacks that decide at which steps a run evaluates, saves and stops. Each decision is made
+once, at the end of a step, and depends only on state that a checkpoint restores.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from runner.sft.context import RunContext
 
 
 def is_out_of_patience(values: Sequence[float], rule: EarlyStoppingOn) -> bool:
-    """Whether the last `patience` values in a row failed to better the best before them by more
-    than `threshold`.
+    """True if none of the last `patience` values improved on the best before them by more than
+    `threshold`.
 
-    A function of the values alone, so patience cannot be lost or doubled by an interruption.
+    The answer depends on the values alone, so an interruption cannot lose or double patience.
 
     >>> rule = EarlyStoppingOn(enabled=True, metric="nll_per_token", patience=2)
     >>> is_out_of_patience([3.0, 2.0, 2.5, 2.1], rule)
@@ -50,7 +50,7 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         self._recipe = recipe
 
     def is_stopped_early(self, state: TrainerState) -> bool:
-        """Whether the evaluations so far ask for an early stop."""
+        """True if the evaluations so far require an early stop."""
         rule = self._recipe.early_stopping
         if not isinstance(rule, EarlyStoppingOn):
             return False
@@ -59,25 +59,25 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def stop_reason(self, state: TrainerState) -> StopReason:
-        """The reason for which training ended where it did."""
+        """The reason why training ended at this step."""
         if self.is_stopped_early(state) and state.global_step < state.max_steps:
             return "early_stopping"
         return "max_steps" if self._recipe.training.max_steps is not None else "num_train_epochs"
 
     def best_step(self, state: TrainerState) -> int:
-        """The step whose weights are the best so far; there is one from the first evaluation on."""
+        """The step with the best weights so far; it exists after the first evaluation."""
         best = find_best_step(self.evaluations(state), self._recipe.checkpoints.mode)
         assert best is not None, "the last step is always evaluated"
         return best
 
     def evaluations(self, state: TrainerState) -> list[tuple[int, float]]:
-        """What the checkpoints are judged by, so far."""
+        """`(step, value)` of each evaluation so far, by the metric that ranks checkpoints."""
         return list_evaluations(state.log_history, self._recipe.checkpoints.metric)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Decide what this step does beyond its update."""
+        """Decide whether this step logs, evaluates and saves."""
         evaluation, checkpoints = self._recipe.evaluation, self._recipe.checkpoints
         is_last = state.global_step >= state.max_steps
         control.should_log = True
@@ -92,7 +92,7 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Save what is among the best that are kept, and stop when patience is out."""
+        """Save this step if it is among the best to keep, and stop if patience is exhausted."""
         if state.global_step > 0:
             checkpoints = self._recipe.checkpoints
             best_steps = rank_steps(self.evaluations(state), checkpoints.mode)[
@@ -106,10 +106,10 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class PreemptionCallback(TrainerCallback):  # type: ignore[misc]
-    """Ends the attempt where all ranks agree that it was asked to; comes after `FlowCallback`.
+    """Ends the attempt once all ranks agree that a stop was requested; runs after `FlowCallback`.
 
-    What is due at that step still happens, in Transformers' order: log, evaluate, save. Asked
-    during an evaluation or a save, the attempt ends right after it.
+    Everything due at that step still happens, in Transformers' order: log, evaluate, save. If the
+    request arrives during an evaluation or a save, the attempt ends right after it.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -118,7 +118,7 @@ class PreemptionCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Save this step and stop behind it, if asked."""
+        """Save this step and stop after it, if a stop was requested."""
         if self._preemption.agree(args.device):
             control.should_save = control.should_training_stop = True
         return control
@@ -126,13 +126,13 @@ class PreemptionCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """As at the end of a step; the base's scores, at step 0, come before training."""
+        """Do the same as at the end of a step, except at step 0, which precedes training."""
         return self.on_step_end(args, state, control) if state.global_step > 0 else control
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """What was just saved is where the next attempt goes on."""
+        """Stop if requested; the next attempt resumes from the checkpoint just saved."""
         if self._preemption.agree(args.device):
             control.should_training_stop = True
         return control
@@ -157,32 +157,31 @@ def format_log_line(*cells: str) -> str:
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the launch side, the log and `logs.txt` where training stands and how fast it goes.
+    """Reports the progress and speed of training to the launch side, the log and `logs.txt`.
 
-    A step's seconds are the time since the last thing that was not training (an evaluation, a
-    checkpoint) or since the step before, until its loss is known: fetching data counts. Its tokens
-    are those of the global batch without padding, as TRL counts them. Nothing waits for the device
-    beyond what reading the loss does.
+    The time of a step begins at the end of the previous step, evaluation or checkpoint, and ends
+    when its loss is known. It includes fetching data. Its tokens are those of the global batch
+    without padding, as TRL counts them. Only reading the loss waits for the device.
     """
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._since = time.perf_counter()
-        self._num_seen_tokens = 0  # by TRL's count, which goes on where the last attempt left it
-        # The step that this attempt went on from, and when.
+        self._num_seen_tokens = 0  # by TRL's count, which continues that of the last attempt
+        # The step that this attempt resumed from, and the time.
         self._began: tuple[int, float] | None = None
         self.num_tokens = 0
         self.seconds = 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps of this attempt, evaluations and checkpoints left out."""
+        """Speed over all steps of this attempt, without evaluations and checkpoints."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Head `logs.txt`."""
+        """Write the header of `logs.txt`."""
         counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self._num_seen_tokens = int(counts[-1]) if counts else 0
         if self._context.is_main:
@@ -191,16 +190,16 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Step 0 has been scored by now."""
+        """Start the clock; step 0 has been scored by now."""
         self._since = time.perf_counter()
         self._began = self._began or (state.global_step, self._since)
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """What came since the step is not training."""
+        """Restart the clock: the evaluation is not training time."""
         self._since = time.perf_counter()
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """What came since the step is not training."""
+        """Restart the clock: saving is not training time."""
         self._since = time.perf_counter()
 
     def on_log(
@@ -211,7 +210,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         logs: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """After each step and each evaluation."""
+        """Print and record each step and each evaluation."""
         if not self._context.is_main or not logs:
             return
         if "loss" in logs:
@@ -232,7 +231,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
 
     def _log_step(self, state: TrainerState, logs: Mapping[str, Any]) -> float:
-        """The tokens per second of the step, after writing its line of `logs.txt`."""
+        """Write the step's line of `logs.txt`; returns its tokens per second."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         num_tokens = int(logs["num_tokens"]) - self._num_seen_tokens

@@ -1,5 +1,5 @@
-"""One run as this process sees it: its recipe, its files, the process's place among the ranks, and
-the phase that it is in.
+"""One run as this process sees it: its recipe, its files, the rank of the process and the current
+phase.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RunContext:
     base: AskedBase = "shared"  # `Attempt.base`
     is_repair: bool = False  # `Attempt.is_repair`
     commits: Mapping[str, str] = field(default_factory=dict)  # `StoredRecipe.commits`
-    uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
+    uploader: Uploader | None = None  # on the main process, if the recipe names remote storage
     _opened_at: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _phase: str | None = None
@@ -67,11 +67,11 @@ class RunContext:
 
     @classmethod
     def open(cls, run_dir: Path, place: WorldPlace, preemption: Preemption) -> RunContext:
-        """Read the recipe and check it against its digest and against the processes that were
-        really started.
+        """Read the recipe, and check it against its digest and the number of processes that were
+        actually started.
 
         Raises:
-            RefusedError: the run directory is not whole, or the launch does not match it.
+            RefusedError: the run directory is incomplete, or the launch does not match it.
         """
         paths = RunPaths(run_dir)
         stored, record = load_stored_recipe(paths), load_record(paths)
@@ -79,18 +79,19 @@ class RunContext:
             raise RefusedError(
                 f"{run_dir} is not a run directory: it needs recipe.json and run.json",
                 hint=(
-                    "runs are made by `runner launch RECIPE`"
-                    " (with `--prepare`, to start them by hand)"
+                    "create the run with `runner launch RECIPE`"
+                    " (add `--prepare` to start it by hand)"
                 ),
             )
         attempt = record.attempts[-1]
-        # A repair draws no rows that count: `model/` ends as it was recorded, or stays.
+        # Rows do not matter to a repair: `model/` ends up as it was recorded, or is left alone.
         differences = [] if attempt.is_repair else stored.find_other_rules()
         if differences := differences + stored.find_other_digest():
             shown = "\n".join(f"  {line}" for line in differences)
             raise RefusedError(
-                f"{paths.recipe_path} is not what this version of the runner would train:\n{shown}",
-                hint="start the run by `runner launch`, which says what can be done about it",
+                f"{paths.recipe_path} differs from what this version of the runner would train:"
+                f"\n{shown}",
+                hint="start the run with `runner launch`, which lists the ways out",
             )
         output_root = find_output_root(run_dir)
         allow = suggest_allowing([str(run_dir)], output_root)
@@ -98,7 +99,7 @@ class RunContext:
         if place.world_size != attempt.num_processes:
             raise RefusedError(
                 f"{place.world_size} processes were started,"
-                f" {attempt.num_processes} were asked for",
+                f" {attempt.num_processes} were requested",
                 hint=(
                     f"check that {recipe.launch.accelerate_config} starts several processes; "
                     "accelerate_configs/cpu.yaml and single_gpu.yaml start one"
@@ -118,7 +119,7 @@ class RunContext:
             attempt.is_repair,
             stored.commits,
         )
-        if attempt.is_repair:  # the step and the loss that are shown stay those of the training
+        if attempt.is_repair:  # keep showing the step and the loss of the training
             trained = [paths.attempt(one.number) for one in list_trained(record.attempts)]
             before = load_progress(trained[-1].progress_path) if trained else None
             context._progress = before or context._progress
@@ -126,7 +127,7 @@ class RunContext:
 
     @property
     def num_processes(self) -> int:
-        """Processes of the attempt, on all machines."""
+        """Number of processes of the attempt, on all machines."""
         return self.place.world_size
 
     @property
@@ -136,7 +137,7 @@ class RunContext:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued."""
+        """The facts that must be equal for a run to resume from a checkpoint."""
         fingerprint = build_resume_fingerprint(
             self.recipe,
             self.recipe_digest,
@@ -147,7 +148,7 @@ class RunContext:
         return {**fingerprint, COMMITS: dict(self.commits)}
 
     def open_uploader(self) -> None:
-        """Reach for the remote storage, where the recipe names one; only the main process does.
+        """Open the remote storage if the recipe names one; only the main process does.
 
         Raises:
             RefusedError: its protocol is unknown, or the package behind it is not installed.
@@ -158,8 +159,8 @@ class RunContext:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Show a phase in `progress.json` and add up its seconds for `timing.json`, without those
-        of phases within it.
+        """Show a phase in `progress.json`, and add its seconds to `timing.json`, without those of
+        nested phases.
         """
         outer = self._phase
         self.enter_phase(name)
@@ -170,11 +171,11 @@ class RunContext:
                 self._count_phase()
                 self._phase = None
             else:
-                with contextlib.suppress(OSError):  # what went wrong inside says more
+                with contextlib.suppress(OSError):  # an error raised inside says more
                     self.enter_phase(outer)
 
     def enter_phase(self, name: str) -> None:
-        """As `phase`, to its end or until another one is entered."""
+        """Enter a phase as `phase` does, until the outer one ends or another one is entered."""
         if name == self._phase:
             return
         self._count_phase()
@@ -183,7 +184,7 @@ class RunContext:
         self.report_progress(self._progress.model_copy(update=begun), is_forced=True)
 
     def show_in_phase(self, detail: str) -> None:
-        """Show how far the phase has come; a sign of life."""
+        """Show the progress of the phase; also a sign of life."""
         shown = f"{self._phase}, {detail}"
         self.report_progress(self._progress.model_copy(update={"phase": shown}))
 
@@ -203,13 +204,13 @@ class RunContext:
             write_json_unsynced(self.attempt.progress_path, progress.model_dump())
 
     def sign_of_life(self) -> None:
-        """Touch `progress.json`, at most once a second: whoever waits for this attempt sees that it
-        does something. Called from the work itself; a thread would beat while the work hangs.
+        """Touch `progress.json`, at most once a second, to show that this attempt is working.
+        The work itself calls this, because a thread would continue while the work hangs.
         """
         now = time.monotonic()
         if self.is_main and now - self._last_sign_at > 1.0:
             self._last_sign_at = now
-            with contextlib.suppress(OSError):  # it makes room on a full disk
+            with contextlib.suppress(OSError):  # the file may be gone, to make room on a full disk
                 os.utime(self.attempt.progress_path)
 
     def write_timing(self, num_steps: int, tokens_per_second: float) -> None:
@@ -225,8 +226,8 @@ class RunContext:
             write_json_atomic(self.attempt.timing_path, timing)
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on the main process, on every rank; its error is raised on every
-        rank too.
+        """Call `function` on the main process; every rank returns its result, or raises its
+        error.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -243,8 +244,8 @@ class RunContext:
         return result
 
     def uses_cpu(self) -> bool:
-        """Whether the accelerate config asks for the CPU; it alone decides, and the ranks are not
-        told by it.
+        """True if the accelerate config selects the CPU, or there is no GPU. The ranks read the
+        config because accelerate does not pass this setting on.
         """
         import torch
 

@@ -1,8 +1,8 @@
-"""Scores a model on a split: negative log-likelihood per row, of the completions and of the full
-text, one forward.
+"""Scores a model on a split: the negative log-likelihood of each row's completions and of its full
+text, in one forward.
 
-Sums are exact over rows (`math.fsum`) and count every row once, so a score does not depend on the
-batch size or on the number of processes but for the rounding inside a forward.
+Sums over rows are exact (`math.fsum`) and count every row once. Apart from rounding inside a
+forward, a score does not depend on the batch size or on the number of processes.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from runner.run.scores import find_impossible
 
 Value = TypeVar("Value")
 DIVERGED_HINT: Final = "lower `training.learning_rate`, or train in a wider dtype"
-# A probability of 1 may come out above it by the rounding of a kernel.
+# The rounding of a kernel may turn a probability of 1 into one slightly above 1.
 _ROUNDING: Final = 1e-4
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """One row's sums in nats and what they were summed over; the first token of a row has no
-    prediction, and turns of weight 0 are in no sum.
+    """One row's sums in nats and the tokens and bytes that they cover. The first token of a row has
+    no prediction, and turns of weight 0 are in no sum.
 
-    `template_nll_sum` is of the completion tokens that hold no byte of what the row says, such as
-    ends of turns; the others hold its `num_bytes`.
+    `template_nll_sum` covers the completion tokens that hold no byte of the row's own text, such as
+    ends of turns. The other completion tokens hold its `num_bytes`.
     """
 
     row_id: str
@@ -47,7 +47,7 @@ class RowScore:
     num_bytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """For `eval_rows.jsonl`."""
+        """The score as a line of `eval_rows.jsonl`."""
         return asdict(self)
 
 
@@ -63,7 +63,7 @@ def score_rows(
     """The score of every row, in the order of `rows`, on every rank. `sign_of_life` is called for
     each batch.
 
-    `model` carries TRL's fused LM head, which gives log-probabilities without building logits.
+    `model` has TRL's fused LM head, which computes log-probabilities without building logits.
     """
     share = share_rows(list_lengths(rows), batch_size, accelerator)
     scored: list[tuple[int, RowScore]] = []
@@ -83,8 +83,8 @@ def score_rows(
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's batches of row indices. The last `num_extra` of them are repeated, and their
-    results dropped.
+    """One rank's batches of row indices. The last `num_extra` indices are repeats, whose results
+    are dropped.
     """
 
     batches: tuple[tuple[int, ...], ...]
@@ -156,19 +156,19 @@ def _sum_row(row: Row, nll: torch.Tensor) -> RowScore:
 
 
 def refuse_impossible(scores: Sequence[RowScore], split: str, step: int) -> None:
-    """Raises: DivergedError, where the score of a row is not finite; RunnerError, where it cannot
-    be otherwise.
+    """Raises: DivergedError, if the score of a row is not finite; RunnerError, if it is impossible
+    for another reason.
     """
     for score in scores:
         if (why := find_impossible(score.as_json())) is None:
             continue
-        message = f"the {split} score at step {step} cannot be: row {score.row_id}: {why}"
+        message = f"the {split} score at step {step} is impossible: row {score.row_id}: {why}"
         if not math.isfinite(score.nll_sum):
             raise DivergedError(message, hint=DIVERGED_HINT)
         raise RunnerError(
             message,
             hint=(
-                "the libraries compute no log-likelihoods of this model: try another"
+                "the libraries do not compute valid log-likelihoods for this model: try another"
                 " `model.attn_implementation` or `model.dtype`"
             ),
         )

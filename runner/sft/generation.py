@@ -1,8 +1,8 @@
-"""Lets a model answer the prompts of a split, greedily, and has the answers judged.
+"""Generates a model's answers to the prompts of a split, greedily, and judges them.
 
-A prompt is what training saw before the last completion of a row, token for token. Rows are spread
-over the ranks as in `evaluate`; each rank judges its own answers, and every rank gets all of them,
-so all take the same decisions.
+A prompt consists of exactly the tokens that training saw before the last completion of a row. Rows
+are spread over the ranks as in `evaluate`. Each rank judges its own answers, and every rank gets
+all of them, so all ranks make the same decisions.
 """
 
 from __future__ import annotations
@@ -34,20 +34,18 @@ from runner.sft.evaluate import share_rows
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered to one row. Finished means that it ended its turn before
-    `max_new_tokens`.
-    """
+    """A model's answer to one row. It is finished if the turn ended before `max_new_tokens`."""
 
     row_id: str
     prediction: str
     references: tuple[str, ...]
     is_finished: bool
     judgement: Judgement
-    # Of the project's own metrics; None: not judged.
+    # Scores of the project's own metrics; None: not judged.
     own_scores: Mapping[str, float | None] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """For `predictions.jsonl`."""
+        """The answer as a line of `predictions.jsonl`."""
         own = {"own_scores": dict(self.own_scores)} if self.own_scores else {}
         return {
             "row_id": self.row_id,
@@ -61,7 +59,7 @@ class Answer:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:
-        """What `as_json` made."""
+        """The answer that `as_json` wrote."""
         return cls(
             row_id=row["row_id"],
             prediction=row["prediction"],
@@ -91,8 +89,8 @@ def build_prompt(row: Row) -> list[int]:
 
 
 def build_generation_config(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding up to the end of the turn or of the text, or to where the base model's own
-    settings stop: a call may end otherwise than an answer.
+    """Greedy decoding up to the end of the turn or of the text, or to a stop token of the base
+    model's own settings: a call may end with another token than an answer.
     """
     known = tokenizer.convert_tokens_to_ids(sorted(get_chat_format(tokenizer).stop_tokens))
     stop_ids = {*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *known} - {None}
@@ -122,8 +120,9 @@ def generate_answers(
     """The judged answer to every row, in the order of `rows`, on every rank. No random numbers are
     drawn. `sign_of_life` is called for each batch and each answer.
 
-    Every rank makes the same number of calls, and under ZeRO-3, which gathers weights in each
-    forward, the same number of steps in each: Transformers goes on until the slowest rank is done.
+    Every rank makes the same number of calls. Under ZeRO-3, which gathers weights in each forward,
+    each call also has the same number of steps: Transformers continues until the slowest rank is
+    done.
     """
     prompts = [build_prompt(row) for row in rows]
     config = build_generation_config(tokenizer, max_new_tokens)
@@ -154,10 +153,10 @@ def generate_answers(
 def open_scores(
     metrics: Sequence[Metric],
 ) -> Iterator[Callable[[str, Row], dict[str, float | None]]]:
-    """The scores of `(prediction, row)` by every metric of the project.
+    """A function that scores `(prediction, row)` by every metric of the project.
 
     Raises:
-        DataError: a function cannot be loaded; or, of a call, that it fails.
+        DataError: a metric cannot be loaded; the function raises it if a metric fails.
     """
     with ExitStack() as stack:
         opened = {metric.name: stack.enter_context(metric.open_score()) for metric in metrics}
@@ -174,12 +173,12 @@ def open_scores(
 
 @contextmanager
 def _ready_to_generate(model: Any, config: GenerationConfig) -> Iterator[Any]:
-    """The model that has `generate`, out of training mode and under no defaults but `config`;
-    restored afterwards.
+    """The model that has `generate`, in evaluation mode and with `config` as its only defaults;
+    both are restored afterwards.
 
-    Out of training mode, layers neither drop out nor checkpoint activations, and the cache stays
-    on. LoRA's layers are in the model that PEFT wraps. A model's own defaults (a repetition
-    penalty, say) would fill what `config` leaves open.
+    In evaluation mode, layers neither drop out nor checkpoint activations, and the cache stays on.
+    LoRA's layers are in the model that PEFT wraps. The model's own defaults, such as a repetition
+    penalty, would otherwise apply to settings that `config` leaves open.
     """
     was_training = model.training
     generator = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -197,8 +196,8 @@ def _ready_to_generate(model: Any, config: GenerationConfig) -> Iterator[Any]:
 def _generate_batch(
     generator: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, device: torch.device
 ) -> list[tuple[str, bool]]:
-    """`(text, is_finished)` of each prompt; padded on the left, so that all answers begin at the
-    same place.
+    """`(text, is_finished)` of each prompt. Prompts are padded on the left, so all answers begin at
+    the same position.
     """
     config = generator.generation_config
     width = max(len(prompt) for prompt in prompts)
@@ -216,8 +215,8 @@ def _generate_batch(
 
 
 def _read_answer(new_ids: list[int], stop_ids: Sequence[int], tokenizer: Any) -> tuple[str, bool]:
-    """The text before the first stop token, without whitespace around it, and whether there is
-    one.
+    """The text before the first stop token, stripped of whitespace, and True if there is such a
+    token.
     """
     end = next((at for at, token in enumerate(new_ids) if token in stop_ids), None)
     text: str = tokenizer.decode(new_ids[:end], skip_special_tokens=True)
@@ -225,8 +224,8 @@ def _read_answer(new_ids: list[int], stop_ids: Sequence[int], tokenizer: Any) ->
 
 
 def score_answers(task: Task, answers: Sequence[Answer]) -> GenerationScore:
-    """The metrics of a split: the task's, and the means of the project's own over the rows that
-    they judge.
+    """The metrics of a split: the task's own, and the mean of each project metric over the rows
+    that it judges.
     """
     metrics = task.summarise([(answer.references, answer.judgement) for answer in answers])
     num_judged_by = {}
@@ -247,7 +246,7 @@ def score_answers(task: Task, answers: Sequence[Answer]) -> GenerationScore:
 
 
 def write_answers(path: Path, by_model: Mapping[str, Sequence[Answer]]) -> None:
-    """`predictions.jsonl`: the answers of each model, `base` or `tuned`, in the order of the
+    """Write `predictions.jsonl`: the answers of each model, `base` or `tuned`, in the order of the
     split.
     """
     write_jsonl_atomic(
@@ -261,34 +260,37 @@ def write_answers(path: Path, by_model: Mapping[str, Sequence[Answer]]) -> None:
 
 
 def load_answers(path: Path, model: str) -> list[Answer]:
-    """The answers of one model as `write_answers` left them; none where there is no file."""
+    """The answers of one model that `write_answers` wrote; empty if there is no file."""
     return [Answer.from_json(row) for row in load_jsonl(path) if row["model"] == model]
 
 
 def refuse_unjudged(recipe: Recipe, score: GenerationScore, step: int) -> None:
-    """Raises: DataError, if a metric that selects has no value because no answer was judged."""
+    """Raises: DataError, if a metric that selects a checkpoint or stops training has no value
+    because no answer was judged.
+    """
     for name in sorted(_list_selecting(recipe)):
         if name in score.num_judged_by and name not in score.metrics:
             raise DataError(
                 f"`{name}` judged none of the {score.num_rows} answers to the validation rows at"
-                f" step {step}, and it chooses the best checkpoint or stops training",
-                hint="let it return a number for every answer, or choose another metric",
+                f" step {step}, but it selects the best checkpoint or stops training",
+                hint="let it return a number for every answer, or use another metric",
             )
 
 
 def _list_selecting(recipe: Recipe) -> set[str]:
-    """The metrics that choose the best checkpoint or stop training."""
+    """The metrics that select the best checkpoint or stop training."""
     stopping = recipe.early_stopping
     stops_by = {stopping.metric} if isinstance(stopping, EarlyStoppingOn) else set()
     return {recipe.checkpoints.metric} | stops_by
 
 
 def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
-    """Find out before training whether the rows allow what the recipe asks of generation.
+    """Check before training that the rows support the generation settings of the recipe.
 
     Raises:
-        DataError: a row has no prompt, a metric that selects is not defined on the validation
-            rows, or one of the project fails on an empty answer, which any model may give.
+        DataError: a row has no prompt, a metric that selects a checkpoint or stops training is
+            undefined on the validation rows, or a project metric fails on an empty answer, which
+            any model may return.
     """
     generation, task = recipe.evaluation.generation, recipe.data.task
     if not isinstance(generation, GenerationOn):
@@ -308,6 +310,6 @@ def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
         if missing := sorted(generated - set(defined)):
             raise DataError(
                 f"no validation row can be judged by {', '.join(f'`{name}`' for name in missing)},"
-                " which chooses the best checkpoint or stops training",
-                hint="choose another metric, or validation rows that have what it needs",
+                " which selects the best checkpoint or stops training",
+                hint="use another metric, or validation rows that it can judge",
             )

@@ -1,8 +1,8 @@
-"""The end of a trainer whose run is complete: what is open is closed, and the process leaves
-without taking the interpreter apart.
+"""The exit of a trainer whose run is complete: open files are closed, and the process exits without
+the interpreter's teardown.
 
-Taking apart torch, transformers and the rest module by module costs about as much as ten steps of a
-small model, and nothing of a run depends on it.
+Tearing down torch, transformers and the rest module by module takes about as long as ten steps of a
+small model, and no part of a run depends on it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, Final, NoReturn
 from runner.recipe.parse import Recipe
 from runner.sft.startup import WorldPlace, uses_deepspeed
 
-# Files of anybody's that Python would close, or delete, when it collects them. `io.IOBase` itself
-# would be asked of every object there is, and asks some of them in turn.
+# Types of files that Python would close, or delete, when it collects them. `io.IOBase` itself would
+# be checked against every existing object, and its check runs code of some of them.
 _CLOSED_WHEN_COLLECTED: Final = (
     _io._IOBase,
     tempfile._TemporaryFileWrapper,
@@ -33,11 +33,11 @@ _STANDARD_DESCRIPTORS: Final = (0, 1, 2)
 
 
 def leave(status: int, recipe: Recipe, place: WorldPlace, *, is_forked: bool = False) -> NoReturn:
-    """End this process once the result is on disk: at once where that is safe, else as any Python
-    program.
+    """End this process once the result is on disk: immediately if that is safe, else as Python
+    normally does.
     """
-    # What was set aside before the training is else neither found here nor closed by the
-    # interpreter. Of a fork that is what the worker has imported: no file of this run.
+    # Objects frozen before the training would otherwise be neither found here nor closed by the
+    # interpreter. In a fork they are the worker's imports, and include no file of this run.
     if not is_forked:
         gc.unfreeze()
     if may_leave_at_once(recipe, place):
@@ -46,10 +46,10 @@ def leave(status: int, recipe: Recipe, place: WorldPlace, *, is_forked: bool = F
 
 
 def may_leave_at_once(recipe: Recipe, place: WorldPlace) -> bool:
-    """Whether nothing in this process is known to do its last work while the interpreter ends.
+    """True if nothing in this process is known to do its last work at the interpreter's exit.
 
-    Trackers upload there, process groups and DeepSpeed end their threads there, and coverage and
-    debuggers write there what they have seen.
+    At that point trackers upload, process groups and DeepSpeed end their threads, and coverage and
+    debuggers write their data.
     """
     is_alone = place.world_size == 1 and not _has_process_group()
     has_others = bool(recipe.tracking.report_to) or uses_deepspeed()
@@ -70,10 +70,10 @@ def _is_traced() -> bool:
 
 
 def leave_at_once(status: int) -> NoReturn:
-    """End this process as Python would, up to what it does for its own sake.
+    """End this process as Python would, but without the teardown of modules.
 
-    Threads are waited for, functions of `atexit` called (logging closes its files there), and files
-    closed, Python's and those of C.
+    Waits for threads, calls the functions of `atexit` (logging closes its files there), and closes
+    the files of Python and of C.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -83,14 +83,14 @@ def leave_at_once(status: int) -> NoReturn:
 
 
 def _close_files() -> None:
-    """Flush what is open for writing; close it too, which is when archives get their end and
-    temporary files go.
+    """Flush and close files that are open for writing. Closing writes the end of an archive and
+    deletes a temporary file.
     """
     found = [one for one in gc.get_objects() if issubclass(type(one), _CLOSED_WHEN_COLLECTED)]
-    # From the outside inwards: the end of a `GzipFile` goes into the buffered file below it.
+    # From the outside inwards: the end of a `GzipFile` is written to the buffered file below it.
     found.sort(key=_rank)
     for file in found:
-        # Python is as silent about a full disk here.
+        # Python ignores a full disk here too.
         with contextlib.suppress(Exception):
             if _is_standard(file):
                 file.flush()
@@ -111,7 +111,7 @@ def _rank(file: Any) -> int:
 def _is_standard(file: Any) -> bool:
     try:
         return file.fileno() in _STANDARD_DESCRIPTORS
-    except (AttributeError, OSError, ValueError):  # of an archive, in memory, or closed
+    except (AttributeError, OSError, ValueError):  # in an archive, in memory, or closed
         return False
 
 

@@ -13,16 +13,16 @@ from typing import Final, Literal
 
 from torch.utils.data import Sampler
 
-# Rows of similar length are gathered from pools of this many global batches.
+# Rows of similar length are grouped within pools of this many global batches.
 _BATCHES_PER_POOL: Final = 8
 
 
 class EpochSampler(Sampler[int]):
     """Row indices of one epoch; `epoch` is set before each epoch begins.
 
-    The order depends on nothing that a kill could lose (no global random state), so a resumed epoch
-    is the same epoch. The last `num_padding` indices are rows without labels that fill up the last
-    batch of several processes.
+    The order uses no state that a kill could lose, such as the global random state, so a resumed
+    epoch has the same order. The last `num_padding` indices are rows without labels. They fill up
+    the last batch if there are several processes.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class EpochSampler(Sampler[int]):
         return iter([*self._order(self.epoch), *range(len(self._lengths), len(self))])
 
     def list_batches(self, num_steps: int, num_dropped: int = 0) -> Iterator[list[int]]:
-        """The rows of each optimizer step, padding left out: those of all ranks and micro-batches
-        in the order of the sampler, so that they depend on the global batch alone.
+        """The rows of each optimizer step, without padding. Rows of all ranks and micro-batches are
+        in the order of the sampler, so the result depends on the global batch alone.
 
         `num_dropped` rows at the end of each epoch are not trained (`dataloader_drop_last`).
         """
@@ -95,9 +95,9 @@ def order_rows(
 ) -> list[int]:
     """A permutation of the rows.
 
-    `group_by_length` shuffles, sorts pools of 8 global batches by length, and shuffles the batches,
-    so batches hold rows of similar length in an order that says nothing about length. The
-    incomplete batch, if any, stays last.
+    `group_by_length` shuffles, sorts pools of 8 global batches by length, and shuffles the batches.
+    A batch then holds rows of similar length, and the order of batches does not depend on length.
+    The incomplete batch, if any, stays last.
     """
     order = list(range(len(lengths)))
     if strategy == "sequential":

@@ -1,7 +1,7 @@
-"""Names of the phases before training: what an attempt waits for, as `progress.json` says it.
+"""Names of the phases before training, as shown in `progress.json`.
 
-The first word says what kind of waiting it is: who watches an attempt gives `compiling`,
-`downloading`, `uploading` and `waiting` more time than others.
+The first word is the kind of phase: the launch side allows `compiling`, `downloading`, `uploading`
+and `waiting` more silent time than others.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _WEIGHTS: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json"
 
 
 def name_tokenizer_phase(model: ModelSection) -> str:
-    """Loading the tokenizer, which is downloaded where the hub's cache lacks its files."""
+    """The phase of loading the tokenizer, or downloading it if the hub's cache lacks its files."""
     is_here = _is_local(model) or _find_cached(model, "tokenizer_config.json") is not None
     return "loading the tokenizer" if is_here else f"downloading the tokenizer of {model.path}"
 
 
 def name_model_phase(model: ModelSection) -> str:
-    """Loading the weights, which are downloaded where the hub's cache lacks one of their files."""
+    """The phase of loading the weights, or downloading them if the hub's cache lacks a file."""
     is_here = _is_local(model) or _has_weights(model)
     return "loading the model" if is_here else f"downloading {model.path}"
 
@@ -50,13 +50,13 @@ def _has_weights(model: ModelSection) -> bool:
 def _find_cached(model: ModelSection, file: str) -> Path | None:
     try:
         found = try_to_load_from_cache(model.path, file, revision=model.revision)
-    except ValueError:  # no hub id
+    except ValueError:  # not a hub id
         return None
     return Path(found) if isinstance(found, str) else None
 
 
 def name_rows_phase(data: DataSection) -> str:
-    """Reading rows, those of data sets on the hub downloaded where nothing of them is here."""
+    """The phase of reading rows, or downloading the hub's data sets that are not cached here."""
     sources = [*data.train_sources, data.validation, data.test]
     missing = [
         source.path
@@ -83,10 +83,11 @@ def _is_data_set_cached(source: DataSource) -> bool:
 
 
 def announce_compilations(phase: Phase) -> None:
-    """From now on, each extension that DeepSpeed compiles, or waits for, is a phase of its own.
+    """From now on, show each extension that DeepSpeed compiles, or waits for, as a separate phase.
 
-    DeepSpeed compiles when it first needs one: the first while the processes meet, the optimizer's
-    as training begins. It tells nobody, so that a look at its `jit_load` is taken here.
+    DeepSpeed compiles an extension when it first needs it: the first one while the processes
+    connect, the optimizer's as training begins. It has no hook for this, so its `jit_load` is
+    wrapped here.
     """
     if not uses_deepspeed():
         return
@@ -105,7 +106,7 @@ def announce_compilations(phase: Phase) -> None:
 
 
 def name_compilation(extension: str) -> str | None:
-    """The phase in which DeepSpeed loads an extension; None where it is built already."""
+    """The phase in which DeepSpeed loads an extension; None if it is already built."""
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory(extension, verbose=False))
@@ -117,4 +118,4 @@ def name_compilation(extension: str) -> str | None:
 
 
 def _list_built(folder: Path, extension: str) -> Iterator[Path]:
-    return folder.glob(f"{extension}*.so")  # torch counts versions of one that has changed
+    return folder.glob(f"{extension}*.so")  # torch adds a version number if one has changed

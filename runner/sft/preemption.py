@@ -1,9 +1,9 @@
-"""What asks an attempt to leave, and when it does: TERM, INT or USR1 to any rank, or the stop file.
+"""Stops an attempt on request: on TERM, INT or USR1 to any rank, or on the stop file.
 
-Inside training, all ranks agree at the end of a step, checkpoint, and leave together. Outside of it
-(loading, scores of the base, final scores, export, uploads) there is nothing that the next attempt
-would not do again, so a rank leaves at once, also while its main thread is inside a library.
-Imports neither torch nor transformers: it listens before they are loaded.
+During training, all ranks agree at the end of a step, write a checkpoint, and exit together. At any
+other time (loading, base scores, final scores, export, uploads) the next attempt would repeat all
+work anyway, so a rank exits immediately, even while its main thread is inside a library.
+Imports neither torch nor transformers, because it listens before they are loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runner.run.record import Failure, load_stop_request
 from runner.sft.startup import WorldPlace
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_LOOK_MILLISECONDS: Final = 500  # between two looks for the stop file, or for a peer that has gone
+_LOOK_MILLISECONDS: Final = 500  # between two checks for the stop file and for lost ranks
 
 
 class Preemption:
@@ -40,7 +40,7 @@ class Preemption:
         self.needs_peers = place.world_size > 1
 
     def listen(self, record: Callable[[Failure], None]) -> None:
-        """From now on; `record` writes a failure down, right before the process ends."""
+        """Start listening; `record` writes a failure right before the process ends."""
         readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -52,13 +52,13 @@ class Preemption:
         ).start()
 
     def begin_training(self) -> None:
-        """From now on there is a step to finish first."""
+        """From now on, finish the current step before stopping."""
         with self._lock:
             self._is_training = True
 
     def end_training(self, step: int) -> None:
-        """Leave where that was agreed on; training that has come to its own end leaves too, and is
-        scored next time.
+        """Stop if the ranks agreed to, or if a request came although training has just finished;
+        the next attempt then computes the scores.
 
         Raises:
             PreemptedError: the attempt is over.
@@ -70,8 +70,8 @@ class Preemption:
             raise PreemptedError(f"{why}: left at step {step}, which is saved")
 
     def agree(self, device: Any) -> bool:
-        """Whether the attempt ends here, the same answer on every rank; all of them must ask at the
-        same point.
+        """True if the attempt ends here, on every rank alike; all ranks must call this at the same
+        point.
         """
         if self._agreed_on is None:
             self._agreed_on = (
@@ -82,13 +82,13 @@ class Preemption:
         return self._agreed_on is not None
 
     def ignore(self) -> None:
-        """The process is about to leave for another reason, which it records itself."""
+        """Ignore requests from now on: the process exits for another reason, and records it."""
         with self._lock:
             self._is_ignored = True
 
     def has_lost_peer(self) -> bool:
-        """Whether another rank on this machine is gone: then the launcher sends TERM to the rest,
-        as if to ask them.
+        """True if another rank on this machine is gone. The launcher then sends TERM to the rest,
+        which looks like a request to stop.
         """
         return self.needs_peers and has_lost_sibling(self._place.local_world_size)
 
@@ -112,10 +112,10 @@ class Preemption:
                 self._leave_if_idle(self._asked_by, record)
 
     def _leave_if_idle(self, why: str, record: Callable[[Failure], None]) -> None:
-        with self._lock:  # held to the end: training does not begin any more
+        with self._lock:  # held to the end, so training cannot begin
             if self._agreed_on is not None or self._is_ignored:
                 return
-            if self.has_lost_peer():  # in training too: a collective may never end
+            if self.has_lost_peer():  # even during training, because a collective may never end
                 _leave(
                     record,
                     Failure(
@@ -126,14 +126,14 @@ class Preemption:
                 )
             if not self._is_training:
                 # The main thread may hold the lock of a stream.
-                os.write(2, f"leaving: {why}\n".encode())
+                os.write(2, f"stopping: {why}\n".encode())
                 message = f"{why}: left outside training, nothing was to be saved"
                 _leave(record, Failure(kind="preempted", message=message))
 
 
 def _leave(record: Callable[[Failure], None], failure: Failure) -> None:
-    """End the process, whether or not there is room for the reason: nobody would listen any
-    more.
+    """End the process, even if the reason cannot be written: an error would otherwise end the
+    watching thread, and nothing would react to signals.
     """
     try:
         record(failure)
@@ -142,7 +142,7 @@ def _leave(record: Callable[[Failure], None], failure: Failure) -> None:
 
 
 def _agree_on_first(asked_by: str | None, device: Any) -> str | None:
-    """What the lowest rank that was asked was asked by; None when none was."""
+    """The source of the request to the lowest rank that got one; None if no rank did."""
     import torch
     from accelerate.utils import broadcast_object_list, gather
 
@@ -155,12 +155,12 @@ def _agree_on_first(asked_by: str | None, device: Any) -> str | None:
 
 
 def _stay(number: int, frame: FrameType | None) -> None:
-    """The watching thread reads the signal from its pipe."""
+    """Do nothing: the watching thread reads the signal from its pipe."""
 
 
 def _stop_listening() -> None:
-    """In a forked child, such as a data loader's worker: its signals are its own, and not the
-    trainer's.
+    """Restore default signals in a forked child, such as a data loader's worker. A signal to the
+    child is not meant for the trainer.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

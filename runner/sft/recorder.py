@@ -1,9 +1,9 @@
 """The run's bookkeeping in the training process: its scores, metrics, answers, checkpoints, export
 and result.
 
-The recorder decides what the run keeps and when; `trainer` calls it from TRL's hooks. Files are
-written by the main process alone, but every rank must call the same methods in the same order,
-because most of them wait for the other ranks.
+The recorder decides what the run keeps and when; `trainer` calls it from TRL's hooks. Only the main
+process writes files, but every rank must call the same methods in the same order, because most of
+them wait for the other ranks.
 """
 
 from __future__ import annotations
@@ -98,43 +98,42 @@ class Recorder:
         self._has_recorded_arguments = False
 
     def require_same_samples(self) -> None:
-        """Look at `samples.json` before a checkpoint is continued; only the main process does.
+        """Compare the rows with `samples.json` before resuming; only the main process does.
 
         Raises:
             DataError: the checkpoint was trained on other rows, tokens or labels than are drawn
-                now, or nobody can tell.
+                now, or the file is unreadable.
         """
         path = self.context.paths.samples_path
         try:
             before = load_json(path, MAX_ROWS_BYTES)
         except CorruptFileError as error:
             raise DataError(
-                f"{error.message}: nobody can tell on which rows the checkpoint was trained",
-                hint="`runner launch RECIPE --fresh` moves the run aside and starts anew",
+                f"{error.message}: it is unknown on which rows the checkpoint was trained",
+                hint="`runner launch RECIPE --fresh` moves the run aside and starts from step 0",
             ) from None
         if before is None:
-            print(f"warning: there is no {path}: the rows are taken as unchanged", flush=True)
+            print(f"warning: there is no {path}: the rows are assumed unchanged", flush=True)
             return
         now = describe_samples(self.samples, self.context.recipe.loss)
         if differences := find_sample_differences(before, now):
             shown = "\n".join(f"  {line}" for line in differences)
             raise DataError(
-                f"the rows are not those of {path}, which the checkpoint was trained on:\n{shown}",
+                f"the rows differ from {path}, on which the checkpoint was trained:\n{shown}",
                 hint=(
-                    "something that the recipe does not name changed since, such as a library or a"
-                    " data set on the hub: bring it back, or start anew with"
-                    " `runner launch RECIPE --fresh`"
+                    "something outside the recipe has changed, such as a library or a data set on"
+                    " the hub: restore it, or start from step 0 with `runner launch RECIPE --fresh`"
                 ),
             )
 
     def record_samples(self, resume_step: int | None = None) -> None:
-        """Write `samples.json`, unless the one that is there is that of the step to resume from."""
+        """Write `samples.json`, unless the run resumes and the file exists."""
         path = self.context.paths.samples_path
         if self.context.is_main and (resume_step is None or not path.exists()):
             write_json_atomic(path, describe_samples(self.samples, self.context.recipe.loss))
 
     def rewind(self, resume_step: int | None) -> None:
-        """Keep the rows of `metrics.jsonl` up to the step to resume from, none without one."""
+        """Keep the rows of `metrics.jsonl` up to the step to resume from; without one, none."""
         if not self.context.is_main:
             return
         paths, rows = self.context.paths, []
@@ -144,7 +143,7 @@ class Recorder:
         write_jsonl_atomic(paths.metrics_path, rows)
 
     def begin(self, trainer: Trainer, resume_step: int | None) -> None:
-        """Note the parameters that are trained, and of a run that starts their hash.
+        """Note the trained parameters, and their hash if the run starts at step 0.
 
         Raises:
             OSError: (ENOSPC) the run's checkpoints and its export would not fit on the disk; in a
@@ -170,16 +169,16 @@ class Recorder:
             )
 
     def record_arguments(self, trainer: Trainer) -> None:
-        """Write the training arguments as they came out, once training has begun."""
+        """Write the effective training arguments, once training has begun."""
         if self.context.is_main and not self._has_recorded_arguments:
             content = describe_arguments(self.context, trainer)
             write_json_atomic(self.context.attempt.training_args_path, content)
             self._has_recorded_arguments = True
 
     def record_base(self, trainer: Trainer) -> None:
-        """Record the scores and answers of the base model at step 0, by the code that scores the
-        tuned model: here or in another run that computes the same. The row of the test split holds
-        the hash of the weights that training starts with, too: each checkpoint carries it.
+        """Record the scores and answers of the base model at step 0. They are computed by the code
+        that scores the tuned model, here or in another run that computes the same. The row of the
+        test split also holds the hash of the initial weights, and every checkpoint carries it.
         """
         context, state = self.context, trainer.state
         base = obtain_base_scores(
@@ -210,12 +209,12 @@ class Recorder:
         return BaseScores(test, test_answers, validation, answers)
 
     def _score_again(self, trainer: Trainer) -> list[RowScore]:
-        """The scores of a few of the shortest test rows, by themselves."""
+        """The scores of a few of the shortest test rows, in batches without other rows."""
         with self.context.phase("evaluating base"):
             return self._score_rows(trainer, self.list_rows_scored_again())
 
     def list_rows_scored_again(self) -> list[Row]:
-        """The shortest test rows; no other one is built."""
+        """The shortest test rows; no other rows are built."""
         lengths = self.samples.test.list_lengths()
         shortest = sorted(range(len(lengths)), key=lengths.__getitem__)
         return [self.samples.test.rows[at] for at in shortest[:NUM_ROWS_SCORED_AGAIN]]
@@ -226,7 +225,7 @@ class Recorder:
 
     def record_validation(self, trainer: Trainer) -> dict[str, float]:
         """Score the validation split and write its row; returns the metrics of the row. At step 0
-        `record_base` has the scores.
+        the scores come from `record_base`.
         """
         recipe, answers = self.context.recipe, []
         base, self._base = self._base, None
@@ -261,8 +260,8 @@ class Recorder:
         self._append_metrics(row)
 
     def save_checkpoint(self, trainer: Trainer, write: Callable[[], None]) -> None:
-        """Commit what `write` saves for this step once all ranks have written, prune older
-        checkpoints and offer this one for upload.
+        """Save this step's checkpoint with `write`, commit it once all ranks have written, prune
+        older checkpoints and offer this one for upload.
         """
         context, paths, step = self.context, self.context.paths, trainer.state.global_step
         if marker_path(paths.checkpoint_dir(step)).exists():
@@ -293,12 +292,13 @@ class Recorder:
         """The folder of a committed checkpoint.
 
         Raises:
-            OSError: it was damaged since; another attempt will see that before it trains.
+            OSError: it was damaged later; the next attempt detects that before it trains.
         """
         checkpoint_dir = self.context.paths.checkpoint_dir(step)
         if not self.context.on_main(lambda: is_intact(checkpoint_dir)):
             raise OSError(
-                f"{checkpoint_dir} holds other files than were committed; launch again to mend it"
+                f"{checkpoint_dir} differs from the files that were committed; launch again to fix"
+                " it"
             )
         return checkpoint_dir
 
@@ -313,10 +313,10 @@ class Recorder:
         recorded at step 0. `trained` is `RunTrainer.describe_training`.
 
         Raises:
-            CorruptFileError: the scores of the rows are not those that are summed up.
+            CorruptFileError: the scores of the rows do not add up to the recorded sums.
         """
         context, metric = self.context, self.context.recipe.checkpoints.metric
-        # The last evaluation, if it is of this step, is not computed once more.
+        # If the last evaluation was at this step, it is not computed again.
         if self._validated is not None and self._validated[0] == best_step:
             validation = self._validated[1]
         else:
@@ -342,7 +342,7 @@ class Recorder:
             base={split: SplitScore.model_validate(score) for split, score in base.items()},
             tuned={"validation": validation, "test": test},
             generation=generation,
-            # An older runner that began the run has not recorded it.
+            # Missing if an older version of the runner started the run.
             initial_weights_hash=base["test"].get("initial_weights_hash"),
             **trained,
         )
@@ -354,30 +354,30 @@ class Recorder:
         if lines := find_score_contradictions(result, load_jsonl(path)):
             shown = "\n".join(f"  {line}" for line in lines)
             raise CorruptFileError(
-                f"the result is not what {path} adds up to:\n{shown}",
-                hint="`runner launch RECIPE --fresh` moves the run aside and starts anew",
+                f"the result differs from what {path} adds up to:\n{shown}",
+                hint="`runner launch RECIPE --fresh` moves the run aside and starts from step 0",
             )
 
     def export_model(self, trainer: Trainer, best_step: int) -> None:
-        """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked,
-        then renamed.
+        """Write the weights in memory, those of `best_step`, to `model/`. They are saved next to
+        it, checked, then renamed.
         """
         paths = self.context.paths
-        if self.context.is_main:  # of an attempt killed before its result
+        if self.context.is_main:  # left by an attempt killed before its result
             shutil.rmtree(paths.model_dir, ignore_errors=True)
         self._write_export(trainer, best_step)
         if self.context.is_main:
             paths.model_partial_dir.rename(paths.model_dir)
             fsync_dir(paths.run_dir)
-            # At once, while what was just checked is still in memory.
+            # Now, while the files that were just checked are still in the page cache.
             self._model_files = record_model(paths.model_dir)
 
     def mend_export(self, trainer: Trainer, best_step: int, manifest: Manifest) -> None:
-        """Write the weights in memory, those of `best_step`, beside `model/`, and put them into its
-        place if they are what was recorded.
+        """Write the weights in memory, those of `best_step`, next to `model/`, and replace it if
+        they match the recorded export.
 
         Raises:
-            ExportError: some file that it needs would be another one; `model/` stays as it is.
+            ExportError: a file that `model/` needs would differ; `model/` stays as it is.
         """
         self._write_export(trainer, best_step)
         if not self.context.is_main:
@@ -388,18 +388,18 @@ class Recorder:
             shown = "\n".join(f"  {line}" for line in differences)
             raise ExportError(
                 f"the export of step {best_step} is not the one that was recorded, so"
-                f" {paths.model_dir} stays as it is:\n{shown}",
+                f" {paths.model_dir} is left unchanged:\n{shown}",
                 hint=_suggest_versions(paths),
             )
         mend_model(paths, manifest)
 
     def _write_export(self, trainer: Trainer, best_step: int) -> None:
-        """Save the weights in memory beside `model/`, and check what was written."""
+        """Save the weights in memory next to `model/`, and check the files."""
         context, partial_dir = self.context, self.context.paths.model_partial_dir
-        if context.is_main:  # of an attempt that was killed
+        if context.is_main:  # left by an attempt that was killed
             shutil.rmtree(partial_dir, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
-        # Transformers switches the cache off for training, and would save it like that.
+        # Transformers switches the cache off for training, and would save that setting.
         trainer.model.config.use_cache = True
         trainer.save_model(str(partial_dir))
         embeddings = {}
@@ -408,7 +408,7 @@ class Recorder:
         trainer.accelerator.wait_for_everyone()
         context.preemption.needs_peers = False  # the other ranks end now
         if context.is_main:
-            # a pickle that can hold the hub token, and PEFT's empty model card
+            # A pickle that can hold the hub token, and PEFT's empty model card.
             for name in ("training_args.bin", "README.md"):
                 (partial_dir / name).unlink(missing_ok=True)
             trainer.processing_class.save_pretrained(partial_dir)
@@ -423,8 +423,8 @@ class Recorder:
             sync_folder(partial_dir)
 
     def record_result(self, result: TrainResult) -> None:
-        """Write `result.json`, the last file of a run: with it the run is completed. It lists the
-        checksums of `model/`, of the recipe and of what it sums up.
+        """Write `result.json`, the last file of a run, which completes it. It lists the checksums
+        of `model/`, of the recipe and of the files that it sums up.
         """
         if self.context.is_main:
             paths = self.context.paths
@@ -437,7 +437,7 @@ class Recorder:
 
         Raises:
             DivergedError: the score of a row is not finite.
-            RunnerError: it cannot be otherwise.
+            RunnerError: it is impossible for another reason.
         """
         rows = self._score_rows(trainer, self._split(split).rows)
         refuse_impossible(rows, split, trainer.state.global_step)
@@ -455,7 +455,7 @@ class Recorder:
             )
 
     def answer(self, trainer: Trainer, split: str) -> list[Answer]:
-        """The judged answers to the first rows of a split; none where generation is off."""
+        """The judged answers to the first rows of a split; empty if generation is off."""
         recipe = self.context.recipe
         generation = recipe.evaluation.generation
         if not isinstance(generation, GenerationOn):
@@ -506,14 +506,14 @@ class Recorder:
         return {row["split"]: row for row in rows if row["step"] == 0 and "split" in row}
 
     def _record_tuned_rows(self, test_rows: list[RowScore]) -> None:
-        """Put the tuned model's rows after the base's."""
+        """Write the tuned model's rows after the base's."""
         path = self.context.paths.eval_rows_path
         base_rows = [row for row in load_jsonl(path) if row["model"] == "base"]
         tuned_rows = [{"model": "tuned", **row.as_json()} for row in test_rows]
         write_jsonl_atomic(path, [*base_rows, *tuned_rows])
 
     def _record_answers(self, answers: list[Answer]) -> dict[str, GenerationScore]:
-        """Put the tuned model's answers after the base's, and score both."""
+        """Write the tuned model's answers after the base's, and score both."""
         if not answers:
             return {}
         path = self.context.paths.predictions_path
@@ -523,19 +523,19 @@ class Recorder:
         return {model: score_answers(task, found) for model, found in by_model.items() if found}
 
 
-# Of each split of `samples.json`: which rows, their tokens, which of those have labels, and the
-# bytes that bits are counted over.
+# Compared for each split of `samples.json`: the rows, their tokens, the tokens with labels, and the
+# number of bytes, by which scores in bits are divided.
 _COMPARED: Final = ("ids", "input_ids_hash", "mask_hash", "num_bytes")
 
 
 def find_sample_differences(before: Any, now: Mapping[str, Any]) -> list[str]:
-    """One line for each split whose rows, tokens or labels are not those of another
+    """One line for each split whose rows, tokens or labels differ from those of another
     `samples.json`.
 
     >>> split = {"ids": ["a"], "input_ids_hash": "1", "mask_hash": "2"}
     >>> other = split | {"mask_hash": "3"}
     >>> find_sample_differences({"splits": {"test": split}}, {"splits": {"test": other}})
-    ['test: other mask_hash']
+    ['test: differs in mask_hash']
     """
     recorded = before.get("splits") if isinstance(before, Mapping) else None
     lines = []
@@ -546,13 +546,13 @@ def find_sample_differences(before: Any, now: Mapping[str, Any]) -> list[str]:
             continue
         other = [key for key in _COMPARED if known.get(key) != facts.get(key)]
         if other:
-            lines.append(f"{split}: other {', '.join(other)}")
+            lines.append(f"{split}: differs in {', '.join(other)}")
     return lines
 
 
 def _suggest_versions(paths: RunPaths) -> str:
-    """The versions under which the run was completed, where they are others now; of those that an
-    attempt records, the ones that can write another export.
+    """A hint with the library versions that differ from those under which the run was completed;
+    other versions can write another export.
     """
     trained = list_trained(load_record(paths).attempts)
     before, now = trained[-1].versions if trained else {}, list_library_versions()
@@ -562,8 +562,8 @@ def _suggest_versions(paths: RunPaths) -> str:
         if before.get(name, version) != version
     ]
     if other:
-        return f"repair it under the versions that completed it: {', '.join(other)}"
-    return "put model/ back from a copy of the run"
+        return f"repair it with the versions that completed it: {', '.join(other)}"
+    return "restore model/ from a copy of the run"
 
 
 def _refuse_weights_that_are_not_finite(trainer: Trainer) -> None:
@@ -573,7 +573,7 @@ def _refuse_weights_that_are_not_finite(trainer: Trainer) -> None:
     are_finite = True
     for weight in trainer.model.parameters():
         if weight.requires_grad:
-            local = getattr(weight, "ds_tensor", weight)  # under ZeRO-3 the part of this rank
+            local = getattr(weight, "ds_tensor", weight)  # under ZeRO-3, this rank's part
             are_finite = are_finite and bool(torch.isfinite(local).all())
     if not all(gather_object([are_finite])):
         raise DivergedError(

@@ -1,8 +1,8 @@
-"""`resolved_training_args.json`: every field of the training arguments with the value that the
-attempt trains with, and what the fields alone do not say.
+"""`resolved_training_args.json`: every field of the training arguments with the effective value in
+this attempt, and facts that the fields do not contain.
 
-The order of rows and DeepSpeed's configuration do not come from the arguments, so that the fields
-of these names are filled in here.
+The order of rows and DeepSpeed's configuration do not come from the arguments, so the fields with
+these names are filled in here.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from runner.sft.context import RunContext
 
 
 def describe_arguments(context: RunContext, trainer: Trainer) -> dict[str, Any]:
-    """The content of the file, without secrets. Training has begun, so that the schedule is known
-    and DeepSpeed has no `auto` left.
+    """The content of the file, without secrets. Call it once training has begun: the schedule is
+    then known, and DeepSpeed has replaced every `auto`.
     """
     args, accelerator, recipe = trainer.args, trainer.accelerator, context.recipe
     fields = {key: value for key, value in args.to_dict().items() if not key.endswith("_token")}
     deepspeed = getattr(accelerator, "deepspeed_config", None)
     strategy = recipe.training.train_sampling_strategy
-    # A constant schedule takes no notice of `warmup_steps`.
+    # A constant schedule ignores `warmup_steps`.
     is_constant = args.lr_scheduler_type == "constant"
     num_warmup_steps = 0 if is_constant else args.get_warmup_steps(trainer.state.max_steps)
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
@@ -56,8 +56,8 @@ def describe_arguments(context: RunContext, trainer: Trainer) -> dict[str, Any]:
 
 
 def _name_infinities(value: Any) -> Any:
-    """A value in which numbers that JSON cannot write are texts: accelerate tells DeepSpeed to
-    print never, by an infinite number of steps.
+    """A value with numbers that JSON cannot write as texts. Accelerate, for example, turns off
+    DeepSpeed's printing with an infinite number of steps.
     """
     if isinstance(value, Mapping):
         return {name: _name_infinities(one) for name, one in value.items()}

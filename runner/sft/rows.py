@@ -1,5 +1,5 @@
-"""The rows of a run: read from an entry below the output root where there are many of them and they
-were masked before, else drawn and masked, and stored for the next attempt or run.
+"""The rows of a run. If there are many and they were masked before, they are read from an entry
+below the output root; else they are drawn, masked, and stored for the next attempt or run.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from runner.sft.startup import WorldPlace
 from runner.strict import list_texts
 from runner.text import format_seconds
 
-_SHOW_SECONDS: Final = 0.5  # between two looks at how far masking is
+_SHOW_SECONDS: Final = 0.5  # between two updates of `progress.json`
 _SAY_SECONDS: Final = 10.0  # between two lines of the log
 _BAR_WIDTH: Final = 20
 _NUM_MEASURED: Final = 1000
-# Who masks writes a shard far more often, unless it was stopped.
+# A run that masks writes shards far more often than this, unless it was stopped.
 _PATIENCE_SECONDS: Final = 300.0
 
 
 def load_samples(context: RunContext, tokenizer: Any) -> Samples:
-    """The rows that a run trains and is scored on; every rank has the same.
+    """The rows that a run is trained and scored on; every rank has the same.
 
     Raises:
-        DataError: as `draw_splits`, `build_samples` and `refuse_what_cannot_be_judged`.
+        DataError: as in `draw_splits`, `build_samples` and `refuse_what_cannot_be_judged`.
     """
     recipe, raw, samples = context.recipe, None, None
     stated = count_stated_rows(recipe)
@@ -74,14 +74,14 @@ def load_samples(context: RunContext, tokenizer: Any) -> Samples:
 def _map(folder: Path) -> Samples | None:
     try:
         return load_entry(folder)
-    except CorruptFileError as error:  # not to be seen on this machine yet
+    except CorruptFileError as error:  # not yet visible on this machine
         _tell(f"warning: this process masks its rows itself: {error.message}")
         return None
 
 
 class RowStore:
-    """The entries of rows below one output root, as one run looks for its own there; only the main
-    process does.
+    """Finds or writes the entry of one run's rows below the output root; only the main process
+    uses it.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class RowStore:
         self._patience_seconds = patience_seconds
         self._output_root = find_output_root(context.paths.run_dir)
         self._root = row_entries_dir(self._output_root)
-        self.raw: RawSplits | None = None  # the rows that were drawn, where that was needed
+        self.raw: RawSplits | None = None  # the rows that were drawn, if that was needed
 
     def find_or_write(self) -> str | None:
-        """The folder of the entry, which is written where there is none; None where rows are few,
-        or cannot be stored, which is told.
+        """The folder of the entry, which is written if there is none. None if there are few rows,
+        or if they cannot be stored, which is logged.
 
         Raises:
-            DataError: as `draw_splits` and `build_samples`.
+            DataError: as in `draw_splits` and `build_samples`.
         """
         context = self._context
         try:
@@ -118,22 +118,22 @@ class RowStore:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the entry is, or will be."""
+        """The folder of the entry, which may not exist yet."""
         return self._root / name_entry(self._parts)
 
     @cached_property
     def _parts(self) -> dict[str, Any]:
         parts = build_parts(self._context.recipe, self._tokenizer, self._context.contents)
-        assert parts is not None, "else nobody would look for an entry"
+        assert parts is not None, "otherwise no entry is looked up"
         return parts
 
     def write(self, raw: RawSplits) -> Entry:
-        """The entry, which another run may write while this one waits for it.
+        """Write the entry, or wait for another run that is writing it; returns the entry.
 
         Raises:
-            DataError: as `build_samples`.
-            OSError: it cannot be written, data files are not what the entry is named after, or
-                who writes it now does not go on.
+            DataError: as in `build_samples`.
+            OSError: it cannot be written, data files have changed since the entry was named, or
+                the run that is writing it makes no progress.
         """
         watch = Watch(self.folder, self._patience_seconds)
 
@@ -157,7 +157,11 @@ class RowStore:
             return self._mask(raw)
 
     def _require_same_files(self) -> None:
-        """Look again at the files that were just read."""
+        """Check that the files that were just read have not changed.
+
+        Raises:
+            OSError: a file has changed.
+        """
         recipe, contents = self._context.recipe, self._context.contents
         named = pin_data(recipe, contents)
         hashes = ContentHashes(content_cache_path(self._output_root))
@@ -181,7 +185,7 @@ class RowStore:
                 num_cores=num_cores,
                 report=bar.report,
             )
-            context.sign_of_life()  # large files are now synced and hashed
+            context.sign_of_life()  # next, large files are synced and hashed
 
         producer = {"run": recipe.run.full_name, "attempt": context.attempt.attempt_dir.name}
         entry = write_entry(self.folder, write, parts=self._parts, producer=producer)
@@ -191,8 +195,8 @@ class RowStore:
 
 
 class Watch:
-    """Sees whether the writer of an entry goes on: one that was stopped, or whose machine is gone,
-    may hold its lock for ever.
+    """Watches the progress of the writer of an entry. A writer that was stopped, or whose machine
+    is gone, may hold its lock for ever.
     """
 
     def __init__(self, folder: Path, patience_seconds: float) -> None:
@@ -201,7 +205,9 @@ class Watch:
         self._changed_at = 0.0
 
     def is_at_work(self, now: float) -> bool:
-        """False where nothing has changed for so long in what is written beside the entry."""
+        """False if the temporary files next to the entry have not changed for
+        `patience_seconds`.
+        """
         seen = self._look()
         if seen != self._seen:
             self._seen, self._changed_at = seen, now
@@ -210,14 +216,14 @@ class Watch:
     def _look(self) -> dict[Path, tuple[int, int]]:
         found = {}
         for path in self._folder.parent.glob(f".{self._folder.name}.*.tmp/*"):
-            with contextlib.suppress(OSError):  # renamed or removed at this instant
+            with contextlib.suppress(OSError):  # just renamed or removed
                 status = path.stat()
                 found[path] = (status.st_size, status.st_mtime_ns)
         return found
 
 
 def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
-    """The entry, verified. One that is damaged is moved aside by the holder of its lock."""
+    """The verified entry. The holder of its lock moves a damaged entry aside."""
     entry = None
     try:
         began = time.monotonic()
@@ -226,8 +232,8 @@ def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
             run, attempt = entry.producer.get("run"), entry.producer.get("attempt")
             seconds = time.monotonic() - began
             _tell(
-                f"rows were masked by {run}, attempt {attempt}, and are read from {folder},"
-                f" compared with its checksums in {seconds:.1f} s"
+                f"rows were masked by {run}, attempt {attempt}, and are read from {folder}"
+                f" (checksums verified in {seconds:.1f} s)"
             )
         return entry
     except CorruptFileError as error:
@@ -241,7 +247,7 @@ def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
 def count_free_cores(place: WorldPlace, environment: Mapping[str, str]) -> int:
     """Cores for the main process while the other ranks of this machine wait for it.
 
-    `OMP_NUM_THREADS` is a rank's share of what the launcher has for this run.
+    `OMP_NUM_THREADS` is one rank's share of the launcher's cores for this run.
     """
     bound = len(os.sched_getaffinity(0))
     threads = environment.get("OMP_NUM_THREADS", "")
@@ -250,7 +256,7 @@ def count_free_cores(place: WorldPlace, environment: Mapping[str, str]) -> int:
 
 
 class _Bar:
-    """How far masking is, in `progress.json` and now and then in the log."""
+    """Shows the progress of masking in `progress.json`, and from time to time in the log."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -258,7 +264,7 @@ class _Bar:
         self._shown_at = 0.0
 
     def report(self, num_done: int, num_rows: int) -> None:
-        """Note how many rows are done; called for each row, perhaps."""
+        """Show how many rows are done; may be called for each row."""
         now = time.monotonic()
         if now - self._shown_at < _SHOW_SECONDS:
             return
@@ -269,7 +275,7 @@ class _Bar:
             self._said_at = now
             bar = "#" * (_BAR_WIDTH * num_done // max(1, num_rows))
             per_second = num_done / (now - self._began)
-            _tell(f"masking rows [{bar:<{_BAR_WIDTH}}] {shown}, {per_second:,.0f} a second")
+            _tell(f"masking rows [{bar:<{_BAR_WIDTH}}] {shown}, {per_second:,.0f} per second")
 
 
 def _count(raw: RawSplits) -> int:
@@ -277,7 +283,9 @@ def _count(raw: RawSplits) -> int:
 
 
 def estimate_bytes(raw: RawSplits, turns: Turns) -> int:
-    """Of the entry, by some of the rows; a token is rarely of fewer than two characters."""
+    """Estimate the size of the entry from a sample of the rows; a token rarely has fewer than two
+    characters.
+    """
     num_bytes = 0
     for split in SPLITS:
         rows = getattr(raw, split)

@@ -1,4 +1,4 @@
-"""The first steps of a rank: it learns its place among the ranks, and removes the build locks of a
+"""The first steps of a rank: it reads its place among the ranks, and removes the build locks of a
 killed compilation.
 """
 
@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-# Where the kernel of this machine knows everybody who has a file open. Elsewhere it may know of
-# this machine alone.
+# File systems on which the kernel of this machine knows every process that has a file open. On
+# others, it may know only the processes of this machine.
 _LOCAL_FILE_SYSTEMS: Final = frozenset(
     {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 )
-# Of `mallopt(3)`.
+# From `mallopt(3)`.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _ORPHAN_SECONDS: Final = 120.0
-# A maker that was just creating it may not be counted as having it open yet.
+# A process that is just creating the lock may not count as having it open yet.
 _MINIMAL_AGE_SECONDS: Final = 1.0
 
 
@@ -41,8 +41,8 @@ class WorldPlace:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> WorldPlace:
-        """The place that the launcher wrote into the environment; a process that it started alone
-        finds nothing there.
+        """The place that the launcher wrote to the environment. For a process that was started
+        alone, the variables are missing and the defaults apply.
         """
         return cls(
             rank=int(environment.get("RANK", "0")),
@@ -53,40 +53,40 @@ class WorldPlace:
 
 
 def is_of_group(environment: Mapping[str, str]) -> bool:
-    """True where the launcher has started this process as one of a group, be it the only one."""
+    """True if the launcher started this process as part of a group, even as its only member."""
     return "RANK" in environment
 
 
 def uses_deepspeed() -> bool:
-    """Whether `accelerate launch` has started this process for DeepSpeed; its own sign for it."""
+    """True if `accelerate launch` started this process for DeepSpeed, by the variable it sets."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def keep_freed_memory() -> None:
-    """From now on most memory that is freed stays with this process, for the next tensor.
+    """From now on, keep most freed memory in this process for the next tensor.
 
-    A trainer on the CPU allocates the same tensors in each step. glibc gives back to the kernel
-    what is free at the end of its heap, and every block of more than 32 MiB; the kernel then clears
-    and maps each page anew, 5 to 12% of the CPU seconds of small runs. Blocks of more than 128 MiB
-    are still given back: with all of them in the heap a run held half as much again. Where the C
-    library is another one, nothing changes.
+    A trainer on the CPU allocates the same tensors in each step. By default, glibc returns free
+    memory at the end of its heap, and every block of more than 32 MiB, to the kernel. The kernel
+    then clears and maps each page again, which took 5 to 12% of the CPU seconds of small runs.
+    Blocks of more than 128 MiB are still returned: with all of them in the heap, a run held 50%
+    more memory. With another C library, nothing changes.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        # Before glibc 2.35 32 MiB is the most.
+        # Before glibc 2.35, 32 MiB is the maximum.
         if mallopt(_M_MMAP_THRESHOLD, 2**27) or mallopt(_M_MMAP_THRESHOLD, 2**25):
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def remove_stale_build_locks() -> None:
-    """Before DeepSpeed compiles or loads anything: remove what a killed process left, and say what
-    had to stay.
+    """Remove the locks that killed processes left, and log those that had to stay. Call it before
+    DeepSpeed compiles or loads anything.
 
     torch's `FileBaton` is a file named `lock` in the extension's build folder. The process that
-    compiles makes it (`O_EXCL`) and keeps it open, and no child inherits that; every other process
-    waits until it is gone, for ever if its maker is dead.
+    compiles creates it (`O_EXCL`) and keeps it open, and no child inherits the descriptor. Every
+    other process waits until the file is gone: for ever, if its creator is dead.
 
-    Does nothing without DeepSpeed, and nothing to folders of other extensions.
+    Does nothing without DeepSpeed, and does not touch folders of other extensions.
     """
     if not uses_deepspeed():
         return
@@ -98,7 +98,7 @@ def remove_stale_build_locks() -> None:
 
 
 def list_build_folders(names: Iterable[str]) -> list[Path]:
-    """Where torch builds extensions of these names, as far as the folders are there."""
+    """The existing folders in which torch builds the extensions with these names."""
     if (root := os.environ.get("TORCH_EXTENSIONS_DIR")) is not None:
         roots = [Path(root)]
     else:
@@ -109,13 +109,13 @@ def list_build_folders(names: Iterable[str]) -> list[Path]:
 
 
 def remove_stale_lock(folder: Path) -> str | None:
-    """Remove the lock of a build folder if nobody compiles there; a line for the log, None where
-    there is no lock.
+    """Remove the lock of a build folder if no process compiles there. Returns a line for the log;
+    None if there is no lock.
 
-    That nobody has it open is asked of the kernel: it grants a write lease (`fcntl(2)`, F_SETLEASE)
-    only on a file that nobody else has open, processes of other users and of other containers
-    counted. A lock that cannot be judged stays: on a network file system, of another user, or if
-    what its maker had started still compiles after two minutes.
+    The kernel grants a write lease (`fcntl(2)`, F_SETLEASE) only on a file that no other process
+    has open, including processes of other users and containers. A lock stays if this check is not
+    possible (on a network file system, or for another user's file), or if processes started by its
+    creator still compile after two minutes.
     """
     path = folder / "lock"
     if not path.exists():
@@ -123,26 +123,27 @@ def remove_stale_lock(folder: Path) -> str | None:
     if (kind := find_file_system(path)) not in _LOCAL_FILE_SYSTEMS:
         return _say_stays(
             path,
-            f"it lies on {kind or 'an unknown file system'}, where another machine may have it",
+            f"it is on {kind or 'an unknown file system'}, so another machine may hold it",
         )
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # One at a time, so that nobody removes a lock made since its look. The others wait here,
-        # not for the lock: who waits for that takes the extension for compiled as soon as it is
-        # gone.
+        # One process at a time, so that none removes a lock created after its check. The others
+        # wait here and not for the lock itself: a process that waits for the lock assumes, once it
+        # is gone, that the extension is compiled.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return _remove_if_nobody_has_it(path)
     except FileNotFoundError:
         return None  # released meanwhile
     except OSError as error:
-        return _say_stays(path, f"it cannot be told who has it ({error.strerror})")
+        return _say_stays(path, f"its holder cannot be determined ({error.strerror})")
     finally:
         os.close(descriptor)
 
 
 def _say_stays(path: Path, reason: str) -> str:
     return (
-        f"{path} stays: {reason}; if nobody compiles there, remove it, or DeepSpeed waits for ever"
+        f"{path} stays: {reason}; remove it if no process compiles there, else DeepSpeed waits for"
+        " ever"
     )
 
 
@@ -151,24 +152,24 @@ def _remove_if_nobody_has_it(path: Path) -> str:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size:
-            return _say_stays(path, "it is not a lock of torch's")
+            return _say_stays(path, "it is not a lock made by torch")
         if not _is_ours_alone(descriptor) or time.time() - found.st_mtime < _MINIMAL_AGE_SECONDS:
             return f"{path}: DeepSpeed waits for another process that compiles there"
         if (pid := _wait_for_orphans(path.parent)) is not None:
-            return _say_stays(path, f"process {pid} still works there")
+            return _say_stays(path, f"process {pid} is still working there")
         if not os.path.samestat(found, path.stat()):
             return f"{path}: DeepSpeed waits for another process that compiles there"
         path.unlink()
-        return f"removed {path}: nobody has it open, so its maker was killed while it compiled"
+        return f"removed {path}: no process has it open, so a killed compilation left it"
     finally:
-        os.close(descriptor)  # gives the lease back
+        os.close(descriptor)  # releases the lease
 
 
 def _is_ours_alone(descriptor: int) -> bool:
-    """Whether nobody else has the file open; nobody opens it, either, until the descriptor is
-    closed.
+    """True if no other process has the file open; none can open it, either, until the descriptor
+    is closed.
     """
-    # Who wants it is announced; SIGIO would end this process.
+    # The kernel signals a process that wants the file; its default, SIGIO, would end this one.
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -178,21 +179,21 @@ def _is_ours_alone(descriptor: int) -> bool:
 
 
 def find_file_system(path: Path) -> str | None:
-    """The type of the file system on which a file lies, as the kernel names it."""
+    """The kernel's name for the type of the file system that holds a file."""
     real, found = path.resolve(), (0, "")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, source = line.partition(" - ")
-        # \040 stands for a space
+        # \040 means a space.
         point = Path(fields.split(" ")[4].encode().decode("unicode_escape"))
         if real.is_relative_to(point):
-            # The later of equals.
+            # Of equal depths, the later mount wins.
             found = max((len(point.parts), source.split(" ")[0]), found, key=lambda one: one[0])
     return found[1] or None
 
 
 def _wait_for_orphans(folder: Path) -> int | None:
-    """Wait for what a killed maker had started (ninja, compilers: they run in the folder); one that
-    has not ended.
+    """Wait for the processes that a killed creator had started in the folder, such as ninja and
+    compilers. Returns the id of one that has not ended, or None.
     """
     deadline = time.monotonic() + _ORPHAN_SECONDS
     while orphans := _list_processes_in(folder):
@@ -210,7 +211,7 @@ def _wait_for_orphans(folder: Path) -> int | None:
 def _list_processes_in(folder: Path) -> list[int]:
     wanted, found = folder.stat(), []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it is somebody else's, or has just ended
+        with contextlib.suppress(OSError):  # it belongs to another user, or has just ended
             if os.path.samestat((process / "cwd").stat(), wanted):
                 found.append(int(process.name))
     return found

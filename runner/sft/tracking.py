@@ -1,10 +1,10 @@
-"""Experiment trackers: what they are sent, how one tracked run spans all attempts, and that they
-never stop training.
+"""Experiment trackers: sends them metrics, lets one tracked run span all attempts, and keeps their
+errors from stopping training.
 
-TensorBoard and Weights & Biases are driven here, because Transformers' callbacks would start
-another run with every attempt and upload other weights than those that the runner commits and
-exports; every other tracker gets Transformers' own callback. Trackers live on the main process
-only. The id of a Weights & Biases run is kept in `tracking.json`, so that it spans all attempts.
+TensorBoard and Weights & Biases are driven here, because Transformers' callbacks would start a new
+run with every attempt, and upload other weights than those that the runner commits and exports.
+Every other tracker gets Transformers' own callback. Only the main process has trackers. The id of a
+Weights & Biases run is stored in `tracking.json`, so the run spans all attempts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_FAILURES_IN_A_ROW: Final = 3
 
 
 def describe_run(context: RunContext) -> dict[str, Any]:
-    """What trackers show as the configuration of a run: its recipe, which holds no secrets, and its
+    """The configuration of a run for trackers: its recipe, which holds no secrets, and its
     identity.
     """
     recipe = context.recipe.model_dump(mode="json")
@@ -73,7 +73,7 @@ class TensorBoardRun(TrainerCallback):  # type: ignore[misc]
         logs: Any,
         **_: Any,
     ) -> None:
-        """Written and flushed at once, so that a killed run loses nothing."""
+        """Write and flush immediately, so a killed run loses nothing."""
         for name, value in rewrite_names(logs).items():
             self._writer.add_scalar(name, value, state.global_step)
         self._writer.flush()
@@ -84,9 +84,9 @@ class TensorBoardRun(TrainerCallback):  # type: ignore[misc]
 
 
 class Trackers(TrainerCallback):  # type: ignore[misc]
-    """All trackers of a run behind one fence: what they raise is a warning, and the run goes on.
+    """All trackers of a run. Their errors become warnings, and training continues.
 
-    They are told every `tracking.log_steps`-th step and every evaluation; Transformers' closing
+    Trackers get every `tracking.log_steps`-th step and every evaluation. Transformers' closing
     summary is left out, because it describes an attempt and not the run.
     """
 
@@ -96,7 +96,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         self._num_failures: dict[str, int] = {}
 
     def open(self, resume_step: int | None) -> None:
-        """Start every tracker that the recipe names, before `metrics.jsonl` is cut back to
+        """Start every tracker that the recipe names; call it before `metrics.jsonl` is cut back to
         `resume_step`.
 
         Raises:
@@ -109,7 +109,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
                 raise
             except (ImportError, RuntimeError, ValueError) as error:
                 raise RunnerError(f"the tracker {name} cannot be used: {error}") from error
-            except Exception as error:  # a network or a disk that is out of order
+            except Exception as error:  # a network or disk problem
                 self._warn(name, "start", error)
 
     def _build(self, name: str, resume_step: int | None) -> TrainerCallback:
@@ -135,18 +135,18 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
     def _warn(self, name: str, event: str, error: Exception) -> None:
         count = self._num_failures[name] = self._num_failures.get(name, 0) + 1
         is_given_up = event == "start" or count >= MAX_FAILURES_IN_A_ROW
-        fate = "goes on without it" if is_given_up else "goes on"
+        fate = "training continues without it" if is_given_up else "training continues"
         what = f"{type(error).__name__}: {error}"
-        print(f"warning: the tracker {name} failed at {event}, training {fate}: {what}", flush=True)
+        print(f"warning: the tracker {name} failed at {event}, {fate}: {what}", flush=True)
         if is_given_up:
             self._trackers.pop(name, None)
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """Passed on."""
+        """Forward the event."""
         self._tell_all("on_init_end", *args, **kwargs)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Passed on."""
+        """Forward the event."""
         self._tell_all("on_train_begin", *args, **kwargs)
 
     def on_log(
@@ -158,7 +158,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         logs: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Passed on for the steps that the recipe asks for and for every evaluation."""
+        """Forward the steps that the recipe selects, and every evaluation."""
         if "loss" in logs:
             told = (
                 dict(logs)
@@ -171,23 +171,23 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
             self._tell_all("on_log", args, state, control, logs=told, **kwargs)
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Passed on."""
+        """Forward the event."""
         self._tell_all("on_evaluate", *args, **kwargs)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Only Weights & Biases hears of a checkpoint: the others would look for it where
-        Transformers left it.
+        """Report the checkpoint to Weights & Biases only: other trackers would look for it in
+        Transformers' folder.
         """
         self._tell("wandb", "log_checkpoint", state.global_step)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Passed on."""
+        """Forward the event."""
         self._tell_all("on_train_end", *args, **kwargs)
 
     def finish(self, result: TrainResult) -> None:
-        """Close what is still open, with the result and the exported model."""
+        """Send the result and the exported model, and close the trackers that are still open."""
         self._tell("wandb", "finish", result)
 
 
@@ -199,8 +199,8 @@ def open_trackers(context: RunContext, resume_step: int | None) -> Trackers:
 
 
 def read_sent_steps(context: RunContext) -> dict[str, int]:
-    """`"loss" and "eval" -> the last step` that `metrics.jsonl` holds, -1 for none: trackers were
-    told those.
+    """The last step in `metrics.jsonl`, which trackers have received, for `loss` and `eval` each;
+    -1 for none.
     """
     rows = load_jsonl(context.paths.metrics_path)
     last = {"loss": -1, "eval": -1}
@@ -212,7 +212,7 @@ def read_sent_steps(context: RunContext) -> dict[str, int]:
 
 
 def load_tracking(path: Path) -> dict[str, Any]:
-    """`tracking.json`: `tracker -> what must survive an attempt`."""
+    """Load `tracking.json`: for each tracker, the facts that must survive an attempt."""
     return dict(load_json(path) or {})
 
 
@@ -221,37 +221,37 @@ def write_tracking(path: Path, tracker: str, facts: Mapping[str, Any]) -> None:
     write_json_atomic(path, {**load_tracking(path), tracker: dict(facts)})
 
 
-# Seconds to wait for uploads in the end (the result is written by then, and what is not uploaded
-# stays in `wandb/`), and between two writes of the run's file: what came since is lost when the
-# process is killed. Older versions have neither.
+# Seconds to wait for uploads at the end (the result is written by then, and files that were not
+# uploaded stay in `wandb/`), and seconds between two writes of the run's file (data since the last
+# write is lost if the process is killed). Older versions have neither setting.
 _SETTINGS: Final = {"finish_timeout": 600.0, "x_transaction_log_flush_interval": 1.0}
 
 
 class WandbRun(TrainerCallback):  # type: ignore[misc]
     """Sends each step and each evaluation once.
 
-    Weights & Biases cannot take back what it was sent, so the steps that an attempt repeats after
-    its checkpoint are left out: on the CPU they are the same to the bit, elsewhere the first
-    telling stays. What it was told in the last second before a kill may be missing there.
+    Data sent to Weights & Biases cannot be retracted, so steps that an attempt repeats after its
+    checkpoint are not sent again. On the CPU the repeated values are identical to the bit;
+    elsewhere the first values stay. Data of the last second before a kill may be missing.
     """
 
     def __init__(self, context: RunContext) -> None:
         self._context, self._tracking = context, context.recipe.tracking
         paths = context.paths
         known = load_tracking(paths.tracking_path).get("wandb")
-        # What a tracker that was added between two attempts was not told, it is told now.
+        # A tracker that was added between two attempts gets all earlier rows now.
         self._sent = {"loss": -1, "eval": -1}
         if known:
             now = read_sent_steps(context)
             self._sent = {kind: max(known["sent_steps"][kind], now[kind]) for kind in now}
         facts = known or {"run_id": secrets.token_hex(4)}
-        # Without it, files to be uploaded are collected in the home directory.
+        # Otherwise, files to be uploaded are collected in the home directory.
         os.environ.setdefault("WANDB_DATA_DIR", str(paths.run_dir.resolve() / "wandb"))
         self._run = self._start(facts["run_id"])
         write_tracking(paths.tracking_path, "wandb", {**facts, "sent_steps": self._sent})
 
     def _start(self, run_id: str) -> Any:
-        import wandb  # here: an optional package, which takes a second of its own
+        import wandb  # here, because it is optional and takes a second to import
         from wandb.errors import AuthenticationError, UsageError
 
         recipe = self._context.recipe
@@ -263,10 +263,10 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
                 resume="allow",
                 tags=list(self._tracking.tags),
                 config=describe_run(self._context),
-                allow_val_change=True,  # where it runs may differ between attempts
+                allow_val_change=True,  # attempts may run on different machines
                 dir=str(self._context.paths.run_dir),
                 settings=wandb.Settings(
-                    console="off",  # the attempt's log.txt holds what is printed
+                    console="off",  # the attempt's log.txt has the output
                     **{
                         name: value
                         for name, value in _SETTINGS.items()
@@ -295,12 +295,12 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
         model: Any,
         **_: Any,
     ) -> None:
-        """Watch the weights that the trainer was given."""
+        """Watch the trainer's weights, if the recipe requests it."""
         if self._tracking.watch != "none":
             self._run.watch(model, log=self._tracking.watch, log_freq=self._tracking.log_steps)
 
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """The scoring that follows is not training."""
+        """Stop watching: the scoring that follows is not training."""
         if self._tracking.watch != "none":
             self._run.unwatch(model)
 
@@ -313,20 +313,20 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
         logs: Any,
         **_: Any,
     ) -> None:
-        """One row of the run's history."""
+        """Send one row of the run's history."""
         if state.global_step > self._sent["loss" if "loss" in logs else "eval"]:
             self._run.log({**rewrite_names(logs), "train/global_step": state.global_step})
 
     def log_checkpoint(self, step: int) -> None:
-        """Upload a committed checkpoint where the recipe asks for it."""
+        """Upload a committed checkpoint if the recipe requests it."""
         if self._tracking.log_model == "checkpoint":
             self._log_model(
                 self._context.paths.checkpoint_dir(step), [f"step-{step}"], {"step": step}
             )
 
     def finish(self, result: TrainResult) -> None:
-        """Upload the exported model where the recipe asks for it, record the result, and wait for
-        the uploads.
+        """Upload the exported model if the recipe requests it, record the result, and wait for the
+        uploads.
         """
         scores = {
             f"{split}/{model}_{name}": getattr(score, name)
@@ -350,6 +350,6 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
         artifact = wandb.Artifact(
             f"model-{self._context.recipe.run.name}", type="model", metadata=metadata
         )
-        # Copied at once: the folder may be pruned before it is uploaded.
+        # Copied now: the folder may be pruned before it is uploaded.
         artifact.add_dir(str(folder))
         self._run.log_artifact(artifact, aliases=aliases)

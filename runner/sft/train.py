@@ -37,10 +37,10 @@ from runner.sft.trainer import RunTrainer, build_training_args
 
 
 def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
-    """Bring the run to its result, from its newest verified checkpoint where there is one.
+    """Train the run to its result, from its newest verified checkpoint if there is one.
 
     Raises:
-        PreemptedError: the attempt was asked to leave while it trained; what it has is saved.
+        PreemptedError: the attempt was asked to stop during training; its last step is saved.
     """
     context = RunContext.open(run_dir, place, preemption)
     if context.is_repair:
@@ -52,12 +52,12 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
     first_step = resume_step or 0
     what = "starting at step 0" if resume_step is None else f"resuming from step {resume_step}"
     print(what, flush=True)
-    # Until the first epoch begins, which enters the phase "training".
+    # This phase ends when the first epoch begins and enters the phase "training".
     with phase(f"restoring step {first_step}" if first_step else "preparing to train"):
         resume_dir = str(paths.checkpoint_dir(first_step)) if first_step else None
         trainer.train(resume_from_checkpoint=resume_dir)
     num_steps = trainer.state.global_step
-    preemption.end_training(num_steps)  # Transformers returns as if it had finished
+    preemption.end_training(num_steps)  # after a stop, Transformers returns as if it had finished
     with phase("evaluating best"):
         trained = context.on_main(trainer.describe_training)
         best_step = trainer.flow.best_step(trainer.state)
@@ -72,7 +72,7 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
     context.write_timing(num_steps - first_step, trainer.progress.tokens_per_second)
     recorder.record_result(result)
     with phase("uploading to trackers") if recipe.tracking.report_to else nullcontext():
-        trackers.finish(result)  # an upload that hangs costs nothing of the run
+        trackers.finish(result)  # the result is written, so an upload that hangs loses nothing
     print(f"completed at step {num_steps} by {stop_reason}, best step {best_step}", flush=True)
 
 
@@ -81,7 +81,7 @@ def repair_model(context: RunContext) -> None:
 
     Raises:
         RefusedError: there is no result, or its best checkpoint is lost.
-        ExportError: the export would not be the one that was recorded.
+        ExportError: the export would differ from the recorded one.
     """
     paths, phase = context.paths, context.phase
     result = load_result(paths)
@@ -96,7 +96,7 @@ def repair_model(context: RunContext) -> None:
     step = result.best_step
     trainer = _build_trainer(context, recorder, args, tokenizer, Trackers(context), step)
     with phase(f"restoring step {step}"):
-        trainer.train()  # no step: what loads weights is made in there, as DeepSpeed's engine is
+        trainer.train()  # makes no step, but creates what loads weights, such as DeepSpeed's engine
         trainer.load_weights_of(step)
     with phase("exporting"):
         recorder.mend_export(trainer, step, result.files)
@@ -119,7 +119,7 @@ def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
         recorder.record_samples(resume_step)
         if context.uploader is not None:
             context.uploader.start()
-    # Before the model, which takes long, and before the metrics are cut.
+    # Before the model, which takes long to load, and before the metrics are cut.
     with phase("starting trackers") if recipe.tracking.report_to else nullcontext():
         trackers = open_trackers(context, resume_step)
     recorder.rewind(resume_step)

@@ -1,7 +1,7 @@
 """`trl.SFTTrainer` with our order of rows, our evaluation and our checkpoints; everything else is
 TRL's.
 
-The hooks call `recorder`, which does what is the run's and not TRL's.
+The hooks call `recorder`, which does the run's bookkeeping.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def build_training_args(context: RunContext) -> SFTConfig:
 def build_train_dataset(
     samples: Samples, context: RunContext, pad_token_id: int
 ) -> tuple[Dataset, int]:
-    """The tokenised training rows, and how many rows without labels stand behind them.
+    """The tokenised training rows, followed by padding rows without labels, and the number of
+    padding rows.
 
-    Those fill up the last batch of several processes, which accelerate would otherwise fill with
-    copies of real rows.
+    If there are several processes, padding rows fill up the last batch, which accelerate would
+    otherwise fill with copies of real rows.
     """
     rows, loss = samples.train.rows, context.recipe.loss
     per_pass = (
@@ -79,7 +80,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         self._flops_per_token: int | None = None
         recipe, samples = self.context.recipe, recorder.samples
         dataset, num_padding = build_train_dataset(samples, self.context, tokenizer.pad_token_id)
-        # Of one process; several have their last batch filled up.
+        # Only one process drops rows; with several, the last batch is filled up.
         drops_last = args.dataloader_drop_last and self.context.num_processes == 1
         self._num_dropped = (
             len(samples.train.rows) % args.per_device_train_batch_size if drops_last else 0
@@ -101,7 +102,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             callbacks=[self.flow, PreemptionCallback(self.context), self.progress, trackers],
         )
         self.remove_callback(PrinterCallback)
-        # Else PEFT asks the hub whether the vocabulary has grown.
+        # Otherwise PEFT queries the hub to see whether the vocabulary has grown.
         if recipe.adapter.method != "none":
             self.model.save_pretrained = partial(
                 self.model.save_pretrained, save_embedding_layers=False
@@ -116,11 +117,11 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def describe_training(self) -> dict[str, Any]:
-        """The fields of `result.json` that say what was trained; asked before other weights than
+        """The fields of `result.json` about the training itself; call it before other weights than
         the last are loaded.
 
-        The rows are not counted while they are trained, but follow from sampler and steps, so that
-        no kill can lose or double any.
+        Rows are not counted during training. Their number follows from the sampler and the steps,
+        so a kill cannot lose or double any.
         """
         train, loss = self.recorder.samples.train, self.context.recipe.loss
         batches = list(self._sampler.list_batches(self.state.global_step, self._num_dropped))
@@ -135,22 +136,23 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         }
 
     def _count_updates(self) -> int:
-        """Steps that changed the weights: a loss scale of float16 skips some. DeepSpeed counts
-        them, else the schedule, which is not stepped then.
+        """The number of steps that changed the weights; the loss scaling of float16 skips some.
+        DeepSpeed counts them; otherwise the schedule does, because a skipped step does not advance
+        it.
         """
         if self.is_deepspeed_enabled:
             return int(self.model_wrapped.global_steps - self.model_wrapped.skipped_steps)
         return int(self.lr_scheduler.last_epoch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch, which is a sign of life."""
+        """Train one micro-batch, after a sign of life."""
         self.context.sign_of_life()
         return super().training_step(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As Transformers counts them, but the parameters once instead of in each micro-batch."""
+        """Count as Transformers does, but count the parameters once, not in each micro-batch."""
         num_tokens = int(inputs["input_ids"].numel())
-        if self._flops_per_token is None or self.is_deepspeed_enabled:  # which partitions them
+        if self._flops_per_token is None or self.is_deepspeed_enabled:  # it partitions parameters
             self._flops_per_token = super().floating_point_ops(inputs) // num_tokens
         return self._flops_per_token * num_tokens
 
@@ -176,7 +178,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         return self._sampler
 
     def _run_epoch(self, **arguments: Any) -> None:
-        if self.context.is_repair:  # all that was wanted is a model that weights can be loaded into
+        if self.context.is_repair:  # a repair only needs a model to load weights into
             self.control.should_training_stop = True
             return
         self.recorder.record_arguments(self)
@@ -187,8 +189,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         if self.is_finished():
             self.control.should_training_stop = True
             return
-        # TRL counts from zero in each process, which would stand in the log history of a resumed
-        # run.
+        # TRL counts from zero in each process; a resumed run would log those counts.
         counts = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
         self._total_train_tokens = int(counts[-1]) if counts else 0
         self._sampler.epoch = arguments["epoch"]
@@ -196,16 +197,16 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         super()._run_epoch(**arguments)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Transformers writes, the recorder commits; TRL's model card is left out."""
+        """Let Transformers write and the recorder commit; TRL's model card is left out."""
         write = partial(Trainer._save_checkpoint, self, model, trial)
         self.recorder.save_checkpoint(self, write)
 
     def load_weights_of(self, step: int) -> None:
-        """Put the weights of a committed checkpoint into the model, as Transformers does for the
+        """Load the weights of a committed checkpoint into the model, as Transformers does for the
         best one.
 
         Raises:
-            OSError: the checkpoint was damaged since.
+            OSError: the checkpoint was damaged later.
         """
         if step == self.state.global_step:
             return

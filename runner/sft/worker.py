@@ -1,9 +1,8 @@
-"""`python -m runner.sft.worker HIDDEN...`, started by `accelerate launch` for a sweep: imports what
-a trainer needs, and forks one trainer per attempt.
+"""`python -m runner.sft.worker HIDDEN...`, started by `accelerate launch` for a sweep: imports the
+libraries of a trainer, and forks one trainer per attempt.
 
-This process imports and forks, nothing else: it reads no file of a run, runs no code of a user,
-starts no thread and never touches a GPU. `runner.launch.worker` is the sweep's side, and says what
-the messages are.
+This process only imports and forks. It reads no file of a run, runs no user code, starts no thread
+and never touches a GPU. `runner.launch.worker` is the sweep's side, and documents the messages.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from runner.processes import (
     write_stacks_on_request,
 )
 
-# Then the worker is replaced: what a fork leaves behind in it, if anything, stays small.
+# Then the worker is replaced, so anything that forks leave behind in it stays small.
 MAX_CHILDREN: Final = 100
 _MAX_GROWTH: Final = 1.5  # of its memory since the imports
 _STANDARD: Final = (0, 1, 2)
-# Not opened by NVML, which only counts devices.
+# NVML, which only counts devices, does not open these.
 _GPU_FILES: Final = ("/dev/nvidia-uvm", "/dev/kfd")
 
 
 def main() -> int:
-    """Serve until the sweep lets go; in a child, train."""
+    """Serve until the sweep closes the socket; in a child, train."""
     die_with_launcher()
     write_stacks_on_request()
     control = take_control()
     versions, why_not = _import(sys.argv[1:])
     run_dir = serve(control, {"versions": versions, "why_not": why_not})
     if run_dir is None:
-        os._exit(0)  # nothing here is worth taking apart
+        os._exit(0)  # nothing here needs a teardown
     from runner.sft import __main__ as trainer
 
-    # What it would find, had it been started by itself.
+    # Set up the same `__main__` as if the trainer had been started directly.
     this = sys.modules["__main__"]
     this.__spec__, this.__file__ = trainer.__spec__, trainer.__file__
     sys.argv = [trainer.__file__, run_dir]
@@ -54,13 +53,13 @@ def main() -> int:
 
 
 def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """The versions of what was imported, and why nothing may be forked here, if so."""
+    """The versions of the imported libraries, and the reason why forks are impossible, or None."""
     from runner.recipe.identity import list_library_versions
     from runner.recipe.libraries import hide_libraries
     from runner.secrets import scrub_output
 
     scrub_output()
-    versions = list_library_versions()  # the children will say the same, whatever is installed then
+    versions = list_library_versions()  # children report these, even if packages change later
     hide_libraries(hidden)
     from runner.errors import hide_bitsandbytes_warning
 
@@ -76,28 +75,28 @@ def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     if (count := count_threads()) > 1:
-        return versions, f"after the imports there are {count} threads, and a fork keeps one"
+        return versions, f"after the imports there are {count} threads, and a fork keeps only one"
     if has_cuda:
         return versions, "an import has begun to use the GPU, which does not survive a fork"
     if is_of_group(os.environ):
-        return versions, "its launch config starts ranks of a group"
+        return versions, "its launch config starts the ranks of a process group"
     return versions, None
 
 
 def _prepare_for_children() -> None:
-    """Do once, of what each child would do by itself, what depends on no run."""
+    """Do once the work that every child would repeat and that does not depend on a run."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     # Transformers builds the table of all architectures when it first loads a model, 0.04 s.
     get_checkpoint_conversion_mapping("")
-    # What an import wants done at the end of this process, such as deregistering operators, 0.03 s.
-    # A child is not its end.
+    # Imports register work for the end of this process, such as deregistering operators, 0.03 s. A
+    # child should not do it.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
 
 
 def take_control() -> socket.socket:
-    """The socket that came as stdin; stdin is empty from now on."""
+    """The socket that was passed as stdin; stdin is empty from now on."""
     control = socket.socket(fileno=os.dup(0))
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
@@ -106,10 +105,10 @@ def take_control() -> socket.socket:
 
 
 def serve(control: socket.socket, first_words: Mapping[str, Any]) -> str | None:
-    """Fork whenever the sweep asks.
+    """Fork on each request of the sweep.
 
-    Returns None once it has let go; and in each child the run directory, as soon as the child is a
-    process like one that was started for the run alone.
+    Returns None once the sweep has closed the socket. In each child, returns the run directory, as
+    soon as the child is set up like a process that was started only for this run.
     """
     kept = _list_descriptors()
     num_children, size, pid = 0, _measure_memory(), 0
@@ -133,11 +132,11 @@ def serve(control: socket.socket, first_words: Mapping[str, Any]) -> str | None:
         sys.stdout.flush()
         sys.stderr.flush()
         try:
-            if len(descriptors) < 2:  # the kernel drops what it has no room for
+            if len(descriptors) < 2:  # the kernel drops descriptors beyond the limit
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = os.fork()
         except OSError as error:
-            _close(descriptors)  # before the sweep hears of it, and takes the lease again
+            _close(descriptors)  # before the sweep gets the error and acquires the lease again
             _send(control, {"error": str(error)})
             continue
         if pid == 0:
@@ -154,14 +153,14 @@ def serve(control: socket.socket, first_words: Mapping[str, Any]) -> str | None:
 def _become_attempt(
     request: Mapping[str, Any], descriptors: Sequence[int], parent_pid: int, keep: set[int]
 ) -> None:
-    """In the child: session, end, stdin, output and environment of a process of its own."""
+    """Set up the child as a separate process: session, death signal, stdin, output, environment."""
     die_with_parent(parent_pid)
     os.setsid()
     lease, log = descriptors
     os.dup2(lease, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _close([*(_list_descriptors() - keep)])  # else it would hold the lease twice
+    _close([*(_list_descriptors() - keep)])  # otherwise it would hold the lease twice
     for name, value in request["environment"].items():
         if value is None:
             os.environ.pop(name, None)
@@ -171,15 +170,15 @@ def _become_attempt(
 
 
 def count_threads() -> int:
-    """Threads of this process, also those that Python does not know."""
+    """Count the threads of this process, including those unknown to Python."""
     return len(os.listdir("/proc/self/task"))
 
 
 def _try_fork(is_bad: Callable[[], bool]) -> bool:
-    """True when something is bad in a fork.
+    """True if `is_bad` holds in a fork.
 
-    OpenBLAS, which NumPy brings, ends its threads before any fork, and starts them when it next has
-    something to do: here never.
+    OpenBLAS, which comes with NumPy, ends its threads before any fork and starts them again when
+    it has work, which never happens here.
     """
     if (pid := os.fork()) == 0:
         os._exit(int(is_bad()))
@@ -187,7 +186,7 @@ def _try_fork(is_bad: Callable[[], bool]) -> bool:
 
 
 def _has_gpu_open() -> bool:
-    """True when the driver of CUDA or ROCm was started in this process, by whichever library."""
+    """True if any library started the driver of CUDA or ROCm in this process."""
     for number in _list_descriptors():
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{number}").startswith(_GPU_FILES):
@@ -201,7 +200,7 @@ def _close(descriptors: Sequence[int]) -> None:
 
 
 def _list_descriptors() -> set[int]:
-    """What is open, but for the descriptor by which the list was read."""
+    """The open descriptors, without the one through which the list was read."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -223,12 +222,12 @@ def _send(
 
 
 def _receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    """The next message with its files; None once the sweep has let go."""
+    """The next message with its files; None once the sweep has closed the socket."""
     try:
         message, descriptors, _, _ = socket.recv_fds(
             control, MESSAGE_BYTES, 2, socket.MSG_CMSG_CLOEXEC
         )
-    except ConnectionError:  # it was killed before it had read everything
+    except ConnectionError:  # the sweep was killed before it had read everything
         return None, []
     return (json.loads(message) if message else None), descriptors
 

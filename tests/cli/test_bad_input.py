@@ -79,7 +79,12 @@ CASES = {
         overrides=(SUMMARIES,),
     ),
     "a role that no template knows": Case(
-        ("rows.jsonl line 3", "message 0", "'wizard'", "this chat template takes user, assistant"),
+        (
+            "rows.jsonl line 3",
+            "message 0",
+            "'wizard'",
+            "this chat template accepts user, assistant",
+        ),
         rows=rows_with(
             {
                 "messages": [
@@ -110,7 +115,7 @@ CASES = {
     ),
     "an empty split": Case(
         (
-            "0 different rows are left for the train split, at least 1 were asked for",
+            "0 different rows are left for the train split, which needs at least 1",
             "data.num_train_samples",
         ),
         overrides=(
@@ -121,7 +126,7 @@ CASES = {
     ),
     "a split that is too small": Case(
         (
-            "33 different rows are left for the train split, 100 were asked for",
+            "33 different rows are left for the train split, which needs 100",
             "lower `data.num_train_samples`",
         ),
         overrides=("data.num_train_samples=100",),
@@ -195,7 +200,7 @@ CASES = {
         (
             "rows.jsonl line 3",
             "does not print the think block in the `content` of message 1 (assistant)",
-            "`data.turns: split` trains on each turn so, `data.turns: last` on the last one",
+            "use `data.turns: split` to train each turn that way, or `data.turns: last` to",
         ),
         rows=rows_with({"messages": [*THINKING, *THINKING]}),
         template=trl_template("qwen3"),
@@ -235,7 +240,7 @@ CASES = {
         template="{% for m in messages %}{{- '<start_of_turn>' + m.content }}{% endfor %}",
     ),
     "an end of turn that is no token": Case(
-        ("`model.end_of_turn` '<|never|>' is no token of models/gemma",),
+        ("`model.end_of_turn` '<|never|>' is not a token of models/gemma",),
         overrides=("model.end_of_turn=<|never|>",),
     ),
     "a template that prints BOS twice": Case(

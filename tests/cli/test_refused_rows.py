@@ -46,7 +46,7 @@ COLUMNS: Final = [
         load_case("images"),
         ("line 1: the column `images` is not used", "`data.ignore: [images]`", "only texts"),
     ),
-    Case(load_case("weights"), ("line 3, message 2: `weight` is 0.5; 0 and 1 only are accepted",)),
+    Case(load_case("weights"), ("line 3, message 2: `weight` is 0.5; only 0 and 1 are accepted",)),
     Case(
         load_case("question_context"),
         ("line 1: the column `context` is not used", "`{context}` in `data.task.prompt`"),
@@ -84,12 +84,12 @@ COLUMNS: Final = [
     ),
     Case(
         [{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}],
-        ("the column `chosen`", "the column `rejected`", "pairs of preferences"),
+        ("the column `chosen`", "the column `rejected`", "preference pairs"),
         "{name: prompt_completion}",
     ),
     Case(
         [{"context": "", "question": None, "answer": "a"}],
-        ("line 1: the prompt is empty, as there is no text in `context`, `question`",),
+        ("line 1: the prompt is empty: there is no text in `context`, `question`",),
         BY_PROMPT.replace("contxt", "context"),
     ),
     Case(
@@ -133,7 +133,7 @@ TASKS: Final = [
     ),
     Case(
         [{"prompt": "a", "completion": "b"}],
-        ("line 1: has the columns `prompt` and `completion`, no messages", "prompt_completion"),
+        ("line 1: has the columns `prompt` and `completion`, but no messages", "prompt_completion"),
     ),
     Case([{"text": "a"}], ("line 1: has none of the columns `messages`", "columns are text")),
 ]
@@ -165,7 +165,10 @@ DRAWN: Final = [
     ),
     Case(
         [TREE, TREE | {"message_id": "m2", "parent_id": "m1", "role": "assistant"}],
-        ("makes one conversation of several rows, and groups of its own", "`data.group_column`"),
+        (
+            "builds one conversation from several rows, and has its own groups",
+            "`data.group_column`",
+        ),
         "{name: oasst1, languages: [], include_unreviewed: true}",
         ("data.group_column=text",),
     ),

@@ -68,7 +68,7 @@ def test_a_call_is_what_the_assistant_says(name: str, said: str, answer: dict[st
 
 def test_messages_of_weight_0_are_not_trained(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"weights\.jsonl line 3, message 2: `weight` is 0.5; 0 and 1 only"
+        DataError, match=r"weights\.jsonl line 3, message 2: `weight` is 0.5; only 0 and 1"
     ):
         read("weights")
     rows = (CASES / "weights.jsonl").read_text().splitlines()

@@ -1,5 +1,5 @@
-"""Which rows train, select and report: disjoint, nested, independent of file order, format, prompt
-and training seed.
+"""The rows that train, select and report: disjoint, nested, independent of file order, format,
+prompt and training seed.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_duplicates_are_counted_and_never_straddle_splits(tmp_path: Path) -> Non
     ("text", "message"),
     [
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', r"line 2: is not JSON"),
-        ("\n", "0 different rows are left for the test split, 15 were asked for"),
+        ("\n", "0 different rows are left for the test split, which needs 15"),
         ('{"prompt": "a", "completion": "b"}\n', "1 different rows are left for the test split"),
     ],
 )

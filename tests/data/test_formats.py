@@ -121,7 +121,7 @@ def test_a_key_that_stands_twice_is_refused(
         load(tmp_path / name)
     start, _, what = caught.value.message.partition(": ")
     assert start == f"{tmp_path / name} {place}".strip()
-    assert what.startswith("the key `c` stands twice") and caught.value.hint
+    assert what.startswith("the key `c` appears twice") and caught.value.hint
 
 
 @pytest.mark.parametrize("suffix", PACK)

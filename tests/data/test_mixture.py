@@ -66,7 +66,7 @@ def test_a_source_that_runs_out_is_refused_and_never_topped_up() -> None:
         "  b.jsonl has 9 rows, its share of 60 is 15",
     ]
     largest = 38
-    assert f"ask for {largest} rows or fewer" in str(caught.value.hint)
+    assert f"request {largest} rows or fewer" in str(caught.value.hint)
     assert len(interleave(pools, [1, 1, 2], largest)) == largest
     with pytest.raises(DataError):
         interleave(pools, [1, 1, 2], largest + 1)

@@ -1,4 +1,4 @@
-"""What a process computes is named after what it has loaded, not after what is there later."""
+"""Results are named after the code that a process has loaded, not after later versions of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAY = "from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed\n"
 
 
 def say(script: str, *folders: Path) -> list[str]:
-    """What a process prints that finds modules in these folders first."""
+    """The output of a process that looks for modules in these folders first."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     command = [sys.executable, "-c", SAY + script]
     done = subprocess.run(

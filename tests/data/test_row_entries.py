@@ -227,7 +227,7 @@ def test_an_entry_has_its_rows_from_nowhere_else(entry: Path, tmp_path: Path, na
     manifest["files"][name] = manifest["files"]["train-00000.arrow"]
     write_json_atomic(entry / "rows.json", rows)
     write_json_atomic(entry / "manifest.json", manifest)
-    with pytest.raises(CorruptFileError, match="is no file of its manifest"):
+    with pytest.raises(CorruptFileError, match="is not listed in its manifest"):
         load_entry(entry)
 
 
@@ -372,7 +372,7 @@ def test_versions_and_sources_are_parts_of_the_name(here: Project, tmp_path: Pat
 
 
 def test_all_source_that_rows_pass_through_is_hashed() -> None:
-    """What `data` imports, at any distance, is in a package that is hashed, or at the top."""
+    """Every module that `data` imports, even indirectly, is in a hashed package or at the top."""
     reached, left = {"data", "data.tasks"}, ["data", "data.tasks"]
     while left:
         package = left.pop()

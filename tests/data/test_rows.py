@@ -1,6 +1,4 @@
-"""What the model sees of each row: tokens, labels, cuts; the same for every loss mode but for the
-labels.
-"""
+"""The tokens, labels and cuts of each row; only the labels depend on the loss mode."""
 
 from __future__ import annotations
 

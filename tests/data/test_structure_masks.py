@@ -372,7 +372,7 @@ def test_an_earlier_thought_that_is_dropped_is_refused_where_it_would_be_trained
     template = trl_template("qwen3")
     found = refusal(template, chat)
     assert "does not print `reasoning_content` of message 1 (assistant)" in found
-    assert "`data.turns: split` trains on each turn so, `data.turns: last`" in found
+    assert "`data.turns: split` to train each turn that way, or `data.turns: last`" in found
     assert trained(mask(template, chat, turns=[3])) == ["<think>\ntwice\n</think>\n\n14<|im_end|>"]
 
 

@@ -125,7 +125,7 @@ def conversations(draw: st.DrawFn, has_calls: bool, has_thoughts: bool) -> tuple
 
 
 def says(text: str, wanted: str) -> bool:
-    """Whether a text holds another, as it is or as JSON escapes it, but for whitespace around."""
+    """True if a text holds another one, as it is or escaped as JSON, ignoring outer whitespace."""
     wanted = wanted.strip()
     return any(
         form in text
@@ -141,7 +141,7 @@ def leaves(message: dict[str, Any]) -> list[str]:
 
 
 def find_prompt_end(name: str, before: Chat, tools: list[Any], text: str) -> int:
-    """Where the model begins to write, 0 where the text does not go on from the prompt."""
+    """The place where the model begins to write; 0 if the text does not continue the prompt."""
     prompt = masker(name)._template.render(
         before, METHOD_TEXT, tools=tools, add_generation_prompt=True
     )
@@ -151,7 +151,7 @@ def find_prompt_end(name: str, before: Chat, tools: list[Any], text: str) -> int
 def check_mask(
     name: str, chat: Chat, tools: list[Any], wanted: list[int], weight_0: set[int]
 ) -> bool:
-    """Whether the conversation is accepted; asserts what any right mask of it has in common."""
+    """True if the conversation is accepted; asserts properties that every correct mask has."""
     try:
         mask = masker(name).mask(chat, tools, turns=wanted, untrained=weight_0)
     except MaskError:

@@ -1,4 +1,4 @@
-"""Which pad token each policy gives, never eos; and the format that chats are written in."""
+"""The pad token under each policy, which is never eos, and the format of chats."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ def test_an_end_of_turn_is_a_token(tiny_model: TinyModel) -> None:
 
     load("<end_of_turn>")
     for text in ("<|never|>", "<eos><eos>"):
-        with pytest.raises(DataError, match=r"`model.end_of_turn` .* is no token of") as caught:
+        with pytest.raises(DataError, match=r"`model.end_of_turn` .* is not a token of") as caught:
             load(text)
-        assert "its end of a text is '<eos>'" in str(caught.value)
+        assert "its end-of-text token is '<eos>'" in str(caught.value)

@@ -1,5 +1,5 @@
-"""What a run leaves in `model/`: it stops where a turn ends, and holds every tensor that it needs
-to load again.
+"""The model that a run leaves in `model/`: it stops at the end of a turn, and has every tensor that
+it needs to load again.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def test_an_export_of_other_weights_than_the_best_checkpoint_is_refused(tmp_path
     verify_same_weights(model_dir, checkpoint_dir)
     for changed in (weights["a"] + 1e-6, weights["a"].reshape(3, 2)):
         save_file({"a": changed.contiguous()}, model_dir / "model-1.safetensors")
-        with pytest.raises(ExportError, match=r"tensor a is not that of .*step-4"):
+        with pytest.raises(ExportError, match=r"tensor a differs from that of .*step-4"):
             verify_same_weights(model_dir, checkpoint_dir)
     (model_dir / "model-1.safetensors").unlink()
     with pytest.raises(ExportError, match="lacks a"):
@@ -223,7 +223,7 @@ def test_a_score_that_is_not_the_recorded_one_is_refused() -> None:
         {"step": 8, "split": "validation", "completion_nll_sum": 5.0, "nll_sum": 9.1},
     ]
     verify_score(score, rows, 4)
-    with pytest.raises(ExportError, match=r"step 8 score another nll_sum .* 9.1 -> 9.0"):
+    with pytest.raises(ExportError, match=r"step 8 have another nll_sum .* 9.1 -> 9.0"):
         verify_score(score, rows, 8)
     with pytest.raises(ExportError, match="no evaluation"):
         verify_score(score, rows, 12)

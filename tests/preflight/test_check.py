@@ -148,7 +148,7 @@ def test_too_few_rows_for_the_largest_arm_leave_the_others_alone(here: Project) 
     result = check_recipes(recipes)
     assert [run.recipe.run.name for run in result.runs] == ["n22", "n100"]
     ((text, names),) = result.errors.items()
-    assert names == ["tests/n5000"] and "5000 were asked for" in text
+    assert names == ["tests/n5000"] and "needs 5000" in text
 
 
 def test_doubts_about_tokens_are_raised(here: Project) -> None:

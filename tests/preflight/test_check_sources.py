@@ -90,7 +90,7 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "a key twice": (
         "train: {path: twice.jsonl}",
-        ("twice.jsonl line 2: the key `content` stands twice in one object",),
+        ("twice.jsonl line 2: the key `content` appears twice in one object",),
     ),
     "several lists": (
         "train: {path: lists.json}",
@@ -143,7 +143,7 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "a source that runs out": (
         "train: [{path: split_files, split: train, weight: 1},"
         " {path: hub_layout, split: train, weight: 1}]\n  num_train_samples: 24",
-        ("split_files has 4 rows, its share of 24 is 12", "ask for "),
+        ("split_files has 4 rows, its share of 24 is 12", "request 8 rows"),
     ),
 }
 

@@ -119,7 +119,7 @@ class Place:
         base: AskedBase = "shared",
         wait_seconds: float | None = None,
     ) -> BaseScores:
-        """What a run gets that would compute `scores`."""
+        """The scores that a run gets if it would compute `scores` itself."""
         scores = scores or make_scores()
 
         def compute() -> BaseScores:
@@ -172,7 +172,7 @@ def test_the_second_run_takes_what_the_first_has_computed(
 
 def test_own_neither_reads_nor_writes(place: Place) -> None:
     place.obtain("a", base="own")
-    assert not place.root.exists() and place.source("a").why == "`--own-base` asks for it"
+    assert not place.root.exists() and place.source("a").why == "`--own-base` was given"
     place.obtain("b")
     place.obtain("c", base="own")
     assert place.computed == ["a", "b", "c"]
@@ -451,7 +451,7 @@ def test_and_scores_itself_when_that_takes_too_long(place: Place) -> None:
     entry.rename(entry.with_name(".hidden"))
     with hold_entry(entry, lambda: False):
         assert place.obtain("b", wait_seconds=0.3) == make_scores()
-    assert place.computed == ["a", "b"] and "has been at it" in str(place.source("b").why)
+    assert place.computed == ["a", "b"] and "has been computing it" in str(place.source("b").why)
     assert place.entries == [], "without the lock nothing is written"
 
 
@@ -470,7 +470,7 @@ def test_what_a_model_keeps_is_not_shared(place: Place) -> None:
             compute=compute,
             score_again=lambda scores=scores: scores.test[5:],
         )
-    assert "longest_text is another one" in str(place.source("a").why)
+    assert "longest_text has changed" in str(place.source("a").why)
     assert len(place.computed) == 2 and place.entries == []
 
 
@@ -508,7 +508,7 @@ def find_marker(place: Place) -> Path:
 
 
 def test_who_waited_for_such_scores_lets_the_next_one_go_on_at_once(place: Place) -> None:
-    """Where the first run says so while another one waits for it, that one holds no lock."""
+    """A run that waits while the first one finds that scores cannot be shared holds no lock."""
     obtain_unlike(place, "a")
     marker = find_marker(place)
     folder = marker.with_suffix("")

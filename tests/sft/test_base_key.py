@@ -228,7 +228,7 @@ def test_so_do_compiled_models_sharded_ones_and_who_asks_for_it() -> None:
     recipe = make_recipe()
     for kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
         assert explain_own_base(recipe, "shared", kind) is None
-    assert explain_own_base(recipe, "own", "NO") == "`--own-base` asks for it"
+    assert explain_own_base(recipe, "own", "NO") == "`--own-base` was given"
     for kind in ("DEEPSPEED", "FSDP", "TP"):
         assert kind in str(explain_own_base(recipe, "shared", kind))
     assert "`dynamo_config`" in str(explain_own_base(recipe, "shared", "NO", dynamo="INDUCTOR"))
@@ -313,7 +313,7 @@ def test_what_a_forward_leaves_behind_is_found(how: str, name: str | None) -> No
     model(torch.ones(3))
     model.train()
     change = before.find_change(ModelState(model))
-    assert change is None if name is None else change == f"{name} is another one than before"
+    assert change is None if name is None else change == f"{name} has changed"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""When a run evaluates, saves and stops, decided from recorded values alone."""
+"""The steps at which a run evaluates, saves and stops, decided from recorded values alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_state(
 
 
 def decide(recipe: Recipe, state: TrainerState) -> tuple[bool, bool, bool]:
-    """Whether the step evaluates, saves and stops; its evaluation is in the state already."""
+    """Returns the step's decisions; its evaluation is already in the state."""
     flow, control = FlowCallback(recipe), TrainerControl()
     flow.on_step_end(ARGUMENTS, state, control)
     evaluates = control.should_evaluate

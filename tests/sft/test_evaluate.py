@@ -219,7 +219,7 @@ def test_scores_that_cannot_be_are_refused_before_they_are_written() -> None:
     good = RowScore("a", "group", 2.0, 0.5, 3, 4.0, 9, 11)
     refuse_impossible([good, replace(good, template_nll_sum=-0.0)], "test", 4)
     for value in (math.nan, math.inf):
-        with pytest.raises(DivergedError, match=r"the test score at step 4 cannot be: row b: "):
+        with pytest.raises(DivergedError, match=r"the test score at step 4 is impossible: row b: "):
             refuse_impossible([good, replace(good, row_id="b", nll_sum=value)], "test", 4)
     for change in ({"nll_sum": -4.0}, {"completion_nll_sum": 5.0}, {"num_completion_tokens": 10}):
         with pytest.raises(

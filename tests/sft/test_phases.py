@@ -1,4 +1,4 @@
-"""What an attempt waits for before it trains: what is in the caches of the hub, and what DeepSpeed
+"""The phases before training, which depend on the hub's caches and on the extensions that DeepSpeed
 still has to compile.
 """
 

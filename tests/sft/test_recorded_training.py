@@ -1,5 +1,5 @@
-"""What `result.json` says of a run's start, order, updates and tokens, held against the run itself,
-and what `resolved_training_args.json` says against how it was launched.
+"""The start, order, updates and tokens in `result.json`, compared with the run itself, and
+`resolved_training_args.json`, compared with the launch.
 """
 
 from __future__ import annotations

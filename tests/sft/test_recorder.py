@@ -96,18 +96,18 @@ def test_a_resume_compares_the_rows_of_each_split_and_names_what_differs(project
     path = recorder.context.paths.samples_path
     before = path.read_bytes()
     others: dict[str, tuple[Samples, str]] = {
-        "order": (replace(ours, train=make_rows("b", "a")), "  train: other ids"),
+        "order": (replace(ours, train=make_rows("b", "a")), "  train: differs in ids"),
         "row": (
             replace(ours, test=make_rows("d", "e")),
-            "  test: other ids, input_ids_hash, mask_hash, num_bytes",
+            "  test: differs in ids, input_ids_hash, mask_hash, num_bytes",
         ),
         "bytes": (
             replace(ours, test=Split((replace(ours.test.rows[0], num_bytes=99),), ())),
-            "  test: other num_bytes",
+            "  test: differs in num_bytes",
         ),
         "token": (
             replace(ours, validation=make_rows("c", length=4)),
-            "  validation: other input_ids_hash, mask_hash",
+            "  validation: differs in input_ids_hash, mask_hash",
         ),
     }
     for other, line in others.values():
@@ -117,7 +117,9 @@ def test_a_resume_compares_the_rows_of_each_split_and_names_what_differs(project
         assert str(path) in refused.value.message and "--fresh" in str(refused.value.hint)
         assert path.read_bytes() == before
     full = open_context(project, "loss=full")
-    with pytest.raises(DataError, match="train: other mask_hash\n  validation: other mask_hash"):
+    with pytest.raises(
+        DataError, match="train: differs in mask_hash\n  validation: differs in mask_hash"
+    ):
         Recorder(full, ours).require_same_samples()
 
 
@@ -142,7 +144,7 @@ def test_without_a_record_of_rows_a_resume_says_so_and_writes_one(
     """As where a checkpoint was brought in from elsewhere."""
     recorder = record(project, Samples(make_rows("a"), make_rows("b"), make_rows("c"), LeftOut()))
     recorder.require_same_samples()
-    assert "samples.json: the rows are taken as unchanged" in capsys.readouterr().out
+    assert "samples.json: the rows are assumed unchanged" in capsys.readouterr().out
     recorder.record_samples(4)
     recorder.require_same_samples()
     assert capsys.readouterr().out == ""

@@ -151,7 +151,7 @@ def test_a_checkpoint_of_other_rows_is_not_continued_and_nothing_is_changed(
     before = snapshot_without_attempts(paths)
     result = try_launch(finished, name, *overrides)
     assert result.returncode == 10 and "other-rows failed, data: the rows are not" in result.stderr
-    assert "\n  validation: other mask_hash\n" in result.stderr
+    assert "\n  validation: differs in mask_hash\n" in result.stderr
     assert read_attempts(paths)[-1]["failure"]["kind"] == "data"
     assert snapshot_without_attempts(paths) == before
     shutil.rmtree(paths.checkpoints_dir)  # so that the run starts at step 0

@@ -1,5 +1,5 @@
-"""Where a run has its rows from: many of them from an entry that is written once, whatever becomes
-of it; few of them as ever.
+"""The source of a run's rows: an entry that is written once if there are many, even if it is
+damaged later; drawn and masked each time if there are few.
 """
 
 from __future__ import annotations

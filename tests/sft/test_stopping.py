@@ -127,7 +127,7 @@ def find_processes(runner_pid: int) -> dict[str, int]:
 
 
 def step_left(paths: RunPaths, attempt: int, rank: int = 0) -> int:
-    """Where a rank says that it left."""
+    """The step at which a rank reports that it left."""
     failure = load_json(paths.attempt(attempt).failure_path(rank))
     found = re.search(r": left at step (\d+), which is saved", failure["message"])
     assert failure["kind"] == "preempted" and found, failure
@@ -197,7 +197,7 @@ def assert_ranks_leave_together(
     steps: int = 2,
     rank: int = 1,
 ) -> None:
-    """What was not asked for through `runner` is taken up again by itself, in the same launch."""
+    """A run that was not stopped through `runner` resumes automatically, in the same launch."""
     paths = project.paths(name)
     with started_in_training(
         project, paths, *launch_arguments(name, overrides, 2), steps=steps

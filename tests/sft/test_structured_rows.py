@@ -69,7 +69,7 @@ def test_each_turn_is_trained_scored_and_answered(calls: Project) -> None:
 
 
 def test_a_loss_never_moves_a_score(calls: Project) -> None:
-    """Which of a conversation's completions are scored is up to `data.turns` and weights alone."""
+    """Only `data.turns` and weights decide which completions of a conversation are scored."""
     rows = [
         {"messages": [*first, *second]}
         for first, second in (

@@ -204,7 +204,8 @@ def test_a_tracker_that_fails_does_not_stop_training(
     assert len(FlakyTracker.told) == told, "given up after three failures in a row"
     assert len(read_scalars(context.paths.tensorboard_dir)["train/loss"]) == 12
     assert (
-        "warning: the tracker dvclive failed at on_log, training goes on" in capsys.readouterr().out
+        "warning: the tracker dvclive failed at on_log, training continues"
+        in capsys.readouterr().out
     )
 
 
@@ -214,7 +215,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_training(
     context = open_context(project, "tracking.report_to=[tensorboard]")
     context.paths.tensorboard_dir.write_text("a file where the folder should be")
     tell_steps(open_trackers(context, None), range(1, 3))
-    assert "tensorboard failed at start, training goes on without it" in capsys.readouterr().out
+    assert "tensorboard failed at start, training continues without it" in capsys.readouterr().out
 
 
 def test_sent_steps_are_those_of_the_metrics(project: Project) -> None:

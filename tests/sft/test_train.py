@@ -1,5 +1,5 @@
-"""What a finished run holds, for five model families, full fine-tunes and LoRA: results, scores and
-loadable models.
+"""The contents of a finished run, for five model families, full fine-tunes and LoRA: results,
+scores and loadable models.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def test_a_wrong_number_of_processes_is_a_configuration_failure(finished: Projec
     failure = load_json(paths.attempt(1).failure_path())
     assert result.returncode == 10 and failure["kind"] == "configuration"
     assert (
-        "1 processes were started, 2 were asked for" in failure["message"]
+        "1 processes were started, 2 were requested" in failure["message"]
         and "cpu.yaml" in failure["message"]
     )
     status = finished.cli("status", str(paths.run_dir), "--json")

@@ -1,4 +1,4 @@
-"""What the trainer adds to TRL's; that it trains is shown by the runs of `test_train.py`."""
+"""The trainer's additions to TRL's; the runs of `test_train.py` show that it trains."""
 
 from __future__ import annotations
 

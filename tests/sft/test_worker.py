@@ -142,7 +142,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
 
 
 def list_files(pid: int) -> dict[str, str]:
-    """What a process has open, by the number of the descriptor."""
+    """The files that a process has open, by the number of the descriptor."""
     files = {}
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile

@@ -20,8 +20,8 @@ def row(**message: Any) -> dict[str, Any]:
 
 REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
     ({"messages": [USER, 7]}, "message 2: expected an object, found a number"),
-    (row(content="", weight="high"), 'message 2: `weight` is "high"; 0 and 1 only'),
-    (row(content="", weight=2), "message 2: `weight` is 2; 0 and 1 only"),
+    (row(content="", weight="high"), 'message 2: `weight` is "high"; only 0 and 1'),
+    (row(content="", weight=2), "message 2: `weight` is 2; only 0 and 1"),
     (row(content="", weight=0, train=True), "message 2: `weight` and `train` contradict"),
     (
         {"messages": [{**USER, "weight": 1}, ANSWER]},
@@ -36,7 +36,7 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
     (row(content="", tool_calls="[]"), "found an empty list"),
     (
         row(content="", tool_calls=[{"name": "get", "arguments": '{"a": NaN}'}]),
-        "message 2, `tool_calls`, `arguments`: is not JSON (NaN is no JSON number)",
+        "message 2, `tool_calls`, `arguments`: is not JSON (NaN is not a JSON number)",
     ),
     (
         {
@@ -46,7 +46,7 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
                 {"from": "function_call", "value": json.dumps(FUNCTION), "weight": 1},
             ]
         },
-        "message 3: is a call in the turn of message 2, but its weight is another one",
+        "message 3: is a call in the turn of message 2, but its weight differs",
     ),
     (row(content="", tool_calls=[{"name": 3}]), 'found {"name": 3}'),
     (row(content="", tool_calls=[{**READ, "type": "code"}]), '"type": "code"'),
@@ -57,7 +57,7 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
     ),
     (
         row(content="", tool_calls=[{"name": "get", "arguments": '{"a": 1, "a": 2}'}]),
-        "the key 'a' stands twice",
+        "the key 'a' appears twice",
     ),
     (
         row(content="", tool_calls=[{"name": "get", "arguments": ["Oslo"]}]),

@@ -1,1 +1,1 @@
-"""One file per task: its section of a recipe, how it reads rows, and how it judges answers."""
+"""One file per task: its section of a recipe, its reading of rows, and its judging of answers."""

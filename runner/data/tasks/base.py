@@ -1,12 +1,13 @@
-"""The base of all tasks, and what they share: examples, judgements, reading the fields of a row.
+"""The base of all tasks, and the code that they share: examples, judgements, reading the fields of
+a row.
 
-A task turns the rows of a data set into examples: a conversation, and what a generated answer is
-judged against. Nothing here knows tokens, splits or models. A row that cannot be read is an error
-that names it; what a task leaves out on purpose is counted by reason.
+A task turns the rows of a data set into examples: a conversation, and references against which a
+generated answer is judged. Nothing here knows tokens, splits or models. A row that cannot be read
+is an error that names it; rows that a task leaves out on purpose are counted by reason.
 
 Every other file of this folder defines one task, a subclass of `Task`; `recipe.data_section` finds
-it there, and nothing else has to name it. A task imports what is heavy inside its functions: the
-launch side imports all tasks.
+it there, and no other code has to name it. A task imports heavy libraries inside its functions,
+because the launch side imports all tasks.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from runner.errors import DataError
 from runner.files import hash_json
 from runner.strict import Section
 
-# `role` and `content`, a text; where the row has them also `reasoning_content`, `tool_calls`,
-# `tool_call_id` and `name`, as chat templates take them.
+# `role` and `content`, a text; if the row has them also `reasoning_content`, `tool_calls`,
+# `tool_call_id` and `name`, in the form of chat templates.
 Message = Mapping[str, Any]
 Conversation = tuple[Message, ...]
 References = tuple[str, ...]
-# Columns that say nothing of a row's content.
+# Columns that are not part of a row's content.
 NEUTRAL_COLUMNS: Final = ("id", "name", "source")
 KEY_PREFIX: Final = "messages."  # opens the name of a key of messages, as in `data.ignore`
 EMPTY: Final = " (empty)"  # ends the name of an unused column that holds nothing
 _READS_CONVERSATIONS: Final = "the task `conversations` reads it"
 _TEXTS_ONLY: Final = "only texts are trained on; leave such rows out of the file"
 _WEIGHTS: Final = (
-    "the task `conversations` reads `weight` or `train`, 0 or 1, of a message; leave rows of weight"
-    " 0 out of the file"
+    "the task `conversations` reads `weight` or `train`, 0 or 1, of a message; leave rows with"
+    " weight 0 out of the file"
 )
-_PREFERENCES: Final = "pairs of preferences are not trained on; name the right answer alone"
-# Names to which some well-known format gives a meaning, and the way on for each.
+_PREFERENCES: Final = "preference pairs are not trained on; give only the right answer"
+# Names that have a meaning in some well-known format, and the advice for each.
 MEANINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         **dict.fromkeys(
@@ -63,15 +64,15 @@ MEANINGS: Final[Mapping[str, str]] = MappingProxyType(
 class Example:
     """One conversation; `where` names the file and row for errors.
 
-    A generated answer is judged against `references`: any of them counts. They are empty where a
-    SQuAD question has no answer, and in tasks that judge nothing. Rows of one `group` never stand
-    in two splits; None: the example is a group of its own.
+    A generated answer is judged against `references`: any of them counts. They are empty if a SQuAD
+    question has no answer, and in tasks that judge nothing. Rows of one `group` are never in two
+    splits; None: the example forms its own group.
 
-    `key` decides order, row id and duplicates (`derive_row_key`); `Task.build_examples` sets it.
+    `key` determines order, row id and duplicates (`derive_row_key`); `Task.build_examples` sets it.
     `tools` are the functions that the assistant may call, as JSON schemas. `untrained` are the
-    indices of assistant messages of weight 0: context, and neither trained nor scored. `unused` are
-    keys of messages (`messages.KEY`), and columns, that the task read past (`find_unused`);
-    `Task.build_examples` decides on them.
+    indices of assistant messages of weight 0, which are context and neither trained nor scored.
+    `unused` are keys of messages (`messages.KEY`), and columns, that the task did not use
+    (`find_unused`); `Task.build_examples` decides whether to refuse them.
     """
 
     where: str
@@ -82,16 +83,16 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
     untrained: frozenset[int] = frozenset()
     unused: tuple[str, ...] = field(default=(), compare=False)
-    # What the row says, for metrics of the project; `Task.build_examples` sets it, and it is empty
-    # where an example is not one row.
+    # The row's columns, for metrics of the project; `Task.build_examples` sets them. Empty if an
+    # example is not one row.
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a source, and what was left out of them: reason -> count.
+    """All examples of a source, and the counts of what was left out: reason -> count.
 
-    `unused` are columns and keys of messages that say nothing: name -> rows that have it.
+    `unused` are columns and keys of messages that are not content: name -> rows that have it.
     """
 
     examples: tuple[Example, ...]
@@ -101,10 +102,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Scores of one answer, between 0 and 1, larger is better; none where there is nothing to judge
+    """Scores of one answer, between 0 and 1, larger is better; empty if there is nothing to judge
     it against.
 
-    `is_readable` is false where the answer is no answer to the question: no label, or no final
+    `is_readable` is false if the text does not answer the question: it has no label, or no final
     result. It scores 0.
     """
 
@@ -136,21 +137,20 @@ class Task(Section):
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ()
-    # Its place where an error lists the tasks; those with the same number go by the names of their
-    # files.
+    # Its position when an error lists the tasks; ties are sorted by file name.
     ORDER: ClassVar[int] = 100
-    # Sets of columns, the preferred ones first, and what the section says for each beside the name.
+    # Sets of columns, the preferred ones first, and the settings for each in addition to the name.
     RECOGNISED_BY: ClassVar[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = ()
-    # Columns of the task's own data set that say nothing of a row's content.
+    # Columns of the task's own data set that are not part of a row's content.
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ()
-    # Its place where several tasks recognise a row: the lowest is proposed.
+    # Its priority if several tasks recognise a row: the lowest number is proposed.
     RECOGNITION_ORDER: ClassVar[int] = 100
 
     name: str
 
     @classmethod
     def recognise(cls, row: Any) -> Recognised | None:
-        """The section that reads rows like this one; None if the row is another task's."""
+        """The section that reads rows like this one; None if the row is not for this task."""
         if isinstance(row, Mapping):
             (name,) = get_args(cls.model_fields["name"].annotation)
             for columns, settings in cls.RECOGNISED_BY:
@@ -162,11 +162,11 @@ class Task(Section):
         self, rows: Iterable[tuple[str, Any]], *, used: frozenset[str] = frozenset()
     ) -> Examples:
         """The examples of all rows of a source, given as `(where, row)`; `used` are names of
-        columns, and of keys of messages, that somebody else decides on.
+        columns, and of keys of messages, that other code uses.
 
         Raises:
-            DataError: a column is missing or has another shape than the task expects, or is not
-                used (`UnusedColumnsError`).
+            DataError: a column is missing, has an unexpected shape, or is not used
+                (`UnusedColumnsError`).
         """
         examples = []
         leftovers = Leftovers(self, used)
@@ -184,17 +184,17 @@ class Task(Section):
         return Examples(tuple(examples), {}, leftovers.count())
 
     def list_used_columns(self, row: Mapping[str, Any]) -> Collection[str]:
-        """The columns of a row that its example is built from: by default those that the task is
+        """The columns of a row from which its example is built: by default those that the task is
         `RECOGNISED_BY`.
         """
         return {column for columns, _ in self.RECOGNISED_BY for column in columns}
 
     def list_text_columns(self, row: Mapping[str, Any]) -> Collection[str]:
-        """The columns of a row that say something, whatever their names: those that are used."""
+        """The columns of a row that are content regardless of their names: those that are used."""
         return self.list_used_columns(row)
 
     def for_check(self) -> Task:
-        """The task as `check` reads rows with it, which may take twice as long."""
+        """The variant of the task with which `check` reads rows; it may take twice as long."""
         return self
 
     def build_example(self, row: Any, where: str) -> Example:
@@ -203,18 +203,18 @@ class Task(Section):
 
     @contextmanager
     def open_judge(self) -> Iterator[Judge]:
-        """The judge of `(prediction, references)` of one row; it may keep a process while it is
-        open.
+        """A function that judges `(prediction, references)` of one row; it may keep a process while
+        it is open.
         """
         yield self.judge
 
     def judge(self, prediction: str, references: References) -> Judgement:
-        """The scores of one answer; none for a task that judges nothing."""
+        """The scores of one answer; empty for a task that judges nothing."""
         return Judgement()
 
     def summarise(self, rows: Sequence[tuple[References, Judgement]]) -> dict[str, float]:
-        """The task's metrics over a split, each over the rows that it is defined for; one that has
-        none is left out.
+        """The task's metrics over a split, each over the rows for which it is defined; a metric
+        without rows is left out.
         """
         judged = [
             (references, judgement.scores) for references, judgement in rows if judgement.scores
@@ -223,8 +223,8 @@ class Task(Section):
         return {name: metrics[name] for name in self.METRICS if name in metrics}
 
     def score_row(self, references: References, scores: Mapping[str, float]) -> dict[str, float]:
-        """A row's part in each metric that is a mean over rows; a row that has none does not
-        count there.
+        """A row's value for each metric that is a mean over rows; a row without a value does not
+        count in that metric.
         """
         return dict(scores)
 
@@ -239,8 +239,8 @@ def _name_columns(row: Any) -> Mapping[str, Any]:
 
 def derive_row_key(row: Any, bookkeeping: Sequence[str] = (), texts: Collection[str] = ()) -> str:
     """The SHA-256 of a row's columns as canonical JSON: names sorted, without null values and
-    without the columns `id`, `name`, `source` and `bookkeeping`, but for those among `texts`, which
-    say something; texts stripped at both ends, `\\r\\n` as `\\n`.
+    without the columns `id`, `name`, `source` and `bookkeeping`, except those among `texts`, which
+    are content; texts stripped at both ends, `\\r\\n` as `\\n`.
 
     >>> derive_row_key({"q": "2+2? ", "id": 7, "note": None}) == derive_row_key({"q": "2+2?"})
     True
@@ -262,11 +262,11 @@ def _canonicalise(value: Any) -> Any:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    return str(value)  # NaN; dates and the like, of Arrow files
+    return str(value)  # NaN; dates and similar values of Arrow files
 
 
 def is_empty(value: Any) -> bool:
-    """True of what holds nothing: null, a blank text, an empty list or object.
+    """True for null, a blank text, and an empty list or object.
 
     >>> [is_empty(value) for value in (None, " ", [], 0, False)]
     [True, True, True, False, False]
@@ -275,8 +275,8 @@ def is_empty(value: Any) -> bool:
 
 
 def find_unused(row: Mapping[str, Any], used: Container[str], prefix: str = "") -> list[str]:
-    """The names of a row, or with `KEY_PREFIX` of a message, that are not among `used`; those that
-    hold nothing are marked.
+    """The names in a row, or with `KEY_PREFIX` in a message, that are not among `used`; names with
+    an empty value are marked.
 
     >>> find_unused({"a": 1, "b": 2, "c": None}, ("a",))
     ['b', 'c (empty)']
@@ -289,27 +289,25 @@ def find_unused(row: Mapping[str, Any], used: Container[str], prefix: str = "") 
 
 
 def find_meaning(name: str) -> str | None:
-    """The way on for a column or a key of messages to which some well-known format gives a
-    meaning.
-    """
+    """The advice for a column or a key of messages that has a meaning in some well-known format."""
     return MEANINGS.get(name.removeprefix(KEY_PREFIX))
 
 
 class Leftovers:
-    """Columns, and keys of messages, that the examples of one source are not built from.
+    """Columns, and keys of messages, from which no example of one source is built.
 
-    Those that say nothing are counted; every other one is refused, all of them at once.
+    Those that are not content are counted; all others are refused together.
     """
 
     def __init__(self, task: Task, used: frozenset[str]) -> None:
         self._task = task
         self._used = used
         self._harmless = {*NEUTRAL_COLUMNS, *task.BOOKKEEPING}
-        self._refused: dict[str, str] = {}  # name -> where it was found first
+        self._refused: dict[str, str] = {}  # name -> its first place
         self._num_rows: Counter[str] = Counter()
 
     def add(self, where: str, names: Iterable[str]) -> None:
-        """Take the unused names of one row, as `find_unused` gives them."""
+        """Add the unused names of one row, as `find_unused` returns them."""
         harmless = set()
         for name in names:
             bare = name.removeprefix(KEY_PREFIX)
@@ -323,7 +321,7 @@ class Leftovers:
         self._num_rows.update(harmless)
 
     def count(self) -> Mapping[str, int]:
-        """Harmless name -> rows that have it."""
+        """Harmless name -> number of rows that have it."""
         return dict(sorted(self._num_rows.items()))
 
     def refuse(self) -> None:
@@ -349,8 +347,8 @@ class Leftovers:
 
 
 class UnusedColumnsError(DataError):
-    """Columns, and keys of messages, that no example is built from although they may mean
-    something; `names` are theirs.
+    """Columns, and keys of messages, that may be content but are not used by any example; `names`
+    lists them.
     """
 
     def __init__(self, message: str, names: tuple[str, ...], *, hint: str) -> None:
@@ -359,7 +357,7 @@ class UnusedColumnsError(DataError):
 
 
 def judge_exact_match(prediction: str, references: References) -> Judgement:
-    """1 if the answer is a reference, but for whitespace around it.
+    """1 if the answer equals a reference, ignoring whitespace around it.
 
     >>> judge_exact_match("It is 2. ", ("It is 2.",)).scores
     {'exact_match': 1.0}
@@ -369,7 +367,7 @@ def judge_exact_match(prediction: str, references: References) -> Judgement:
 
 
 def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each score over the rows that have it; none without rows."""
+    """The mean of each score over the rows that have it; empty without rows."""
     scores: dict[str, list[float]] = {}
     for row in rows:
         for name, score in row.items():
@@ -399,7 +397,7 @@ def require_column(row: Mapping[str, Any], column: str, where: str) -> Any:
             f"{where}: the column `{column}` is missing",
             hint=(
                 f"its columns are {', '.join(map(str, row))}; choose another `data.task`, or name"
-                " the right one in it"
+                " the right column in it"
             ),
         )
     return row[column]
@@ -416,7 +414,7 @@ def read_text(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """The names as an error lists them.
+    """The names in the form used by errors.
 
     >>> list_names(["a", "b"])
     '`a`, `b`'
@@ -425,7 +423,7 @@ def list_names(names: Iterable[str]) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """The kind of a value, as people name it.
+    """The kind of a value in plain words.
 
     >>> describe_value([]), describe_value(None), describe_value(3)
     ('an empty list', 'nothing (null)', 'a number')

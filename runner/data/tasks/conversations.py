@@ -1,4 +1,4 @@
-"""The task `conversations`: rows that are conversations already, judged by nobody."""
+"""The task `conversations`: rows that are already conversations; answers are not judged."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def read_conversation(
     row: Any, where: str, other_roles: Mapping[str, str] = MappingProxyType({})
 ) -> Example:
     """The example of a row that is a conversation: messages in the roles of chat templates, tools,
-    which messages are not trained, and the keys of messages that are read by nobody (`unused`).
+    the messages that are not trained, and the keys of messages that are not read (`unused`).
 
-    The columns of `list_conversation_columns` are read, no others. `other_roles` renames roles of
-    rows without structured calls, whose templates may know no tool.
+    Only the columns of `list_conversation_columns` are read. `other_roles` renames roles of rows
+    without structured calls, because their templates may have no tool role.
 
     Raises:
-        DataError: the row holds no list of messages or no assistant's message to learn from, or
+        DataError: the row has no list of messages or no assistant message to learn from, or
             something in it has no accepted form.
     """
     given = _find_messages(row, where)
     if not isinstance(given, list | tuple) or not given:
         raise DataError(f"{where}: expected a list of messages, found {describe_value(given)}")
-    # A completion answers a prompt, whose own answers are context.
+    # A completion answers a prompt; assistant messages in the prompt are context.
     has_prompt = isinstance(row, Mapping) and len(_find_columns(row)) == 2
     messages, untrained, unused = _read_messages(
         given, where, num_context=len(row["prompt"]) if has_prompt else 0
@@ -114,8 +114,8 @@ def _read_messages(
         if read.is_call and messages and messages[-1]["role"] == "assistant":
             if read.is_trained == (len(messages) - 1 in untrained):
                 raise DataError(
-                    f"{place}: is a call in the turn of message {number - 1}, but its weight is"
-                    " another one"
+                    f"{place}: is a call in the turn of message {number - 1}, but its weight"
+                    " differs"
                 )
             messages[-1] = join_call(messages[-1], read.message)
             continue
@@ -147,7 +147,7 @@ def _read_system(row: Mapping[str, Any], messages: list[dict[str, Any]], where: 
 
 def _find_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns that hold the messages: one of the usual ones, or `prompt` and `completion`. A
-    column with null counts as absent: Arrow writes the union of all columns into every row.
+    column with null counts as absent, because Arrow writes the union of all columns to every row.
     """
     there = [name for name in CONVERSATION_COLUMNS if row.get(name) is not None]
     filled = [name for name in there if not is_empty(row[name])]
@@ -158,7 +158,7 @@ def _find_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _find_messages(row: Any, where: str) -> Any:
-    """The list of messages: the row itself in a bare list of lists, or what its columns hold."""
+    """The list of messages: the row itself in a bare list of lists, or the value of its columns."""
     if isinstance(row, list):
         return row
     if not isinstance(row, Mapping):
@@ -176,7 +176,7 @@ def _find_messages(row: Any, where: str) -> Any:
         return row[columns[0]]
     if not all(isinstance(row[name], list) for name in columns):
         raise DataError(
-            f"{where}: has the columns `prompt` and `completion`, no messages",
+            f"{where}: has the columns `prompt` and `completion`, but no messages",
             hint="for plain prompts and completions set `data.task: {name: prompt_completion}`",
         )
     return [message for name in columns for message in row[name]]

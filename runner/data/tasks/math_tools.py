@@ -1,10 +1,10 @@
 """The task `math_tools`: mathematics with tools, judged by the final answers.
 
-Two answers are equal as texts, or else by math-verify, in a process of its own: this module, run as
-a program. The process has a limit of CPU time and memory for each pair: a generated `9^{9^{9^9}}`
-keeps a computer algebra system busy for ever, inside C code that no signal handler can interrupt,
-and math-verify's own timeouts are signals of wall clock time, which would let a busy machine change
-a score. A pair that exceeds the limit is unequal.
+Two answers are compared as texts, and if these differ by math-verify in a separate process: this
+module, run as a program. The process has a limit of CPU time and memory for each pair, because a
+generated `9^{9^{9^9}}` keeps a computer algebra system busy for ever, inside C code that no signal
+handler can interrupt. math-verify's own timeouts use wall clock time, so a busy machine could
+change a score. A pair that exceeds the limit is unequal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runner.child import ChildLostError, LimitedChild, serve
 from runner.data.tasks.base import Example, Judge, Judgement, References, Task
 from runner.data.tasks.conversations import list_conversation_columns, read_conversation
 
-# No template of Gemma, Mistral or a plain base model has a role for a tool.
+# The templates of Gemma, Mistral and plain base models have no tool role.
 TOOL_ROLES: Final[Mapping[str, str]] = MappingProxyType({"tool": "user"})
 _BOXED: Final = "\\boxed{"
 
@@ -53,7 +53,7 @@ class MathToolsTask(Task):
 
     @contextmanager
     def open_judge(self) -> Iterator[Judge]:
-        """A judge of final answers; its process starts with the first hard question."""
+        """A judge of final answers; its process starts at the first pair that needs it."""
         with MathJudge() as is_equal:
             yield partial(judge_final_answer, is_equal)
 
@@ -61,9 +61,9 @@ class MathToolsTask(Task):
 def judge_final_answer(
     is_equal: Callable[[str, str], bool], prediction: str, references: References
 ) -> Judgement:
-    r"""1 if what the last `\boxed{}` holds equals a reference by `is_equal(reference, answer)`.
+    r"""1 if the content of the last `\boxed{}` equals a reference by `is_equal(reference, answer)`.
 
-    An answer without a box is not read: it scores 0. A row without a reference is not judged.
+    An answer without a box is unreadable and scores 0. A row without a reference is not judged.
     """
     if not references:
         return Judgement()
@@ -75,7 +75,7 @@ def judge_final_answer(
 
 
 def find_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{}` whose braces close; None without one.
+    r"""The content of the last `\boxed{}` with closed braces; None without one.
 
     >>> find_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -91,8 +91,8 @@ def find_boxed(text: str) -> str | None:
 
 
 def _read_braces(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before it; an escaped brace is a
-    character.
+    """The text from `start` to the brace that closes the one before it; an escaped brace does not
+    count.
     """
     depth, at = 1, start
     while at < len(text):
@@ -107,10 +107,10 @@ def _read_braces(text: str, start: int) -> str | None:
 
 
 class MathJudge:
-    """A context in which `judge(reference, answer)` can be asked; its process starts with the first
-    hard question.
+    """A context for calls of `judge(reference, answer)`; its process starts at the first pair that
+    needs it.
 
-    `cpu_seconds` is the limit of one pair; what math-verify decides, it decides in well under one.
+    `cpu_seconds` is the limit for one pair; math-verify usually needs well under one second.
     """
 
     def __init__(self, cpu_seconds: int = 5) -> None:
@@ -125,7 +125,7 @@ class MathJudge:
         self._child.close()
 
     def __call__(self, reference: str, answer: str) -> bool:
-        """True where the two are equal: as texts, or else as mathematics."""
+        """True if the two are equal as texts or as mathematics."""
         return normalise_latex(reference) == normalise_latex(answer) or self._ask(reference, answer)
 
     def _ask(self, reference: str, answer: str) -> bool:
@@ -137,7 +137,7 @@ class MathJudge:
 
 
 def normalise_latex(text: str) -> str:
-    r"""The text without what changes only the looks of a formula.
+    r"""The text without commands that change only the appearance of a formula.
 
     >>> normalise_latex(r"\left( \dfrac{1}{2},\, 3 \right)."), normalise_latex(r"\text{ 5 cm}")
     ('(\\frac{1}{2},3)', '5cm')

@@ -1,8 +1,8 @@
-"""What a single message of a row says: its role, text, calls, reasoning and weight, in the forms in
-which people write them.
+"""Reads a single message of a row: its role, text, calls, reasoning and weight, in the forms that
+are in common use.
 
-`conversations` puts the messages together; nothing here knows a row. Every key is read, or its name
-is handed back; a value in no accepted form is an error that names the message.
+`conversations` combines the messages; nothing here knows a row. Every key is read, or its name is
+returned as unused. A value in no accepted form is an error that names the message.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROLES: Final[Mapping[str, str]] = MappingProxyType(
         "tool_response": "tool",
     }
 )
-# A message of such a role is an assistant's: its content is the call, as JSON.
+# A message with one of these roles is the assistant's, and its content is the call as JSON.
 _CALL_ROLES: Final = ("function_call", "tool_call")
 _REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
 _WEIGHT_KEYS: Final = ("weight", "train", "trainable")
@@ -57,14 +57,14 @@ _CALL_FORM: Final = (
 
 @dataclass(frozen=True)
 class ReadMessage:
-    """A message as chat templates take it. `is_call` is true where its role said that it is a call:
-    it belongs to the assistant's turn before it, if one is there.
+    """A message in the form of chat templates. `is_call` is true if its role says that it is a
+    call, which belongs to the assistant's turn before it, if there is one.
     """
 
     message: dict[str, Any]
     is_trained: bool
     is_call: bool
-    unused: tuple[str, ...]  # names of keys, as `find_unused` gives them
+    unused: tuple[str, ...]  # names of keys, as `find_unused` returns them
 
 
 def read_message(message: Any, place: str) -> ReadMessage:
@@ -88,8 +88,8 @@ def read_message(message: Any, place: str) -> ReadMessage:
             f"{place}: expected the texts `role` and `content` (or `from` and"
             f" `value`), found {found or 'nothing'}",
             hint=(
-                "a turn without a text is read where it has `tool_calls`: leave such rows out of"
-                " the file, or leave their calls in"
+                "a turn without a text needs `tool_calls`: leave such rows out of the file, or keep"
+                " their calls"
             ),
         )
     role = ROLES.get(role, role)
@@ -106,14 +106,16 @@ def read_message(message: Any, place: str) -> ReadMessage:
 
 
 def join_call(turn: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
-    """The assistant's turn with a call that follows it: a model says both before it stops."""
+    """The assistant's turn joined with a call that follows it: a model writes both before it
+    stops.
+    """
     calls = [*turn.get("tool_calls", ()), *call["tool_calls"]]
     return {**call, **turn, "tool_calls": calls}
 
 
 def read_tools(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
     """The functions that a row offers, given as a list or as its JSON text; a bare
-    `{"name": ..., "parameters": ...}` is put into the form that chat templates take.
+    `{"name": ..., "parameters": ...}` is converted to the form of chat templates.
     """
     if is_empty(value):
         return ()
@@ -143,8 +145,8 @@ def read_tools(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _read_either(message: Mapping[str, Any], names: tuple[str, ...], place: str) -> Any:
-    """The value of whichever key is there. Keys with null are absent: Arrow writes the union of all
-    keys into every message.
+    """The value of the key that is present. Keys with null count as absent, because Arrow writes
+    the union of all keys to every message.
     """
     found = {name: message[name] for name in names if message.get(name) is not None}
     values = list(found.values())
@@ -192,9 +194,9 @@ def _read_calls(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
 
 
 def _read_call_list(value: Any, place: str) -> list[dict[str, Any]]:
-    """Calls in the form of OpenAI, of a call or a list of calls, or their JSON text."""
-    # In an object null is what Arrow puts where another call has a key; in a JSON text it is
-    # meant.
+    """Calls in OpenAI's form, from a call, a list of calls, or their JSON text."""
+    # In an object, Arrow writes null for keys that only another call has; in a JSON text, null is
+    # intended.
     value = _parse_if_text(value, place) if isinstance(value, str) else _drop_nulls(value)
     calls = value if isinstance(value, list | tuple) else [value]
     if not calls:
@@ -236,12 +238,12 @@ def _read_reasoning(message: Mapping[str, Any], place: str) -> str | None:
 
 
 def _read_weight(message: Mapping[str, Any], role: str, place: str) -> bool:
-    """True where the message is trained, if it is an assistant's."""
+    """True if the message is to be trained, provided that it is an assistant's."""
     given = {key: message[key] for key in _WEIGHT_KEYS if message.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(
-                f"{place}: `{key}` is {_show(value)}; 0 and 1 only are accepted (or false and true)"
+                f"{place}: `{key}` is {_show(value)}; only 0 and 1 are accepted (or false and true)"
             )
         if value != next(iter(given.values())):
             raise DataError(f"{place}: {' and '.join(f'`{k}`' for k in given)} contradict")
@@ -255,7 +257,7 @@ def _read_weight(message: Mapping[str, Any], role: str, place: str) -> bool:
 
 
 def _require_speaker(read: Mapping[str, Any], said: Any, place: str) -> None:
-    """Raises DataError for what only an assistant or a tool says, in another's message."""
+    """Raises DataError for a key that only an assistant or a tool may have, in another message."""
     for key, role in (
         ("tool_calls", "assistant"),
         ("reasoning_content", "assistant"),
@@ -272,7 +274,7 @@ def _require_text(value: Any, place: str) -> str:
 
 
 def _parse_if_text(value: Any, place: str) -> Any:
-    """The value, or what its JSON text says."""
+    """The value, parsed if it is a JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -282,7 +284,7 @@ def _parse_if_text(value: Any, place: str) -> Any:
 
 
 def _require_json(value: Any, place: str) -> Any:
-    """The value, if JSON can say it: no NaN, and no date or bytes of an Arrow file."""
+    """The value, if JSON can represent it: no NaN, and no date or bytes of an Arrow file."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -297,16 +299,16 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(built) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        raise ValueError(f"the key {twice!r} appears twice")
     return built
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _drop_nulls(value: Any) -> Any:
-    """The value without keys that hold null, all the way down."""
+    """The value without keys that hold null, at all levels."""
     if isinstance(value, Mapping):
         return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
     return [_drop_nulls(item) for item in value] if isinstance(value, list | tuple) else value
@@ -317,5 +319,5 @@ def _has_nulls(value: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    """A value as JSON, cut to what fits into a message."""
+    """A value as JSON, cut to fit into an error."""
     return cut(json.dumps(value, ensure_ascii=False, default=str), 120)

@@ -1,5 +1,5 @@
-"""The task `oasst1`: message trees of OpenAssistant -> the paths through them that become
-conversations, and a count of what is left out.
+"""The task `oasst1`: turns paths through OpenAssistant's message trees into conversations, and
+counts the messages that are left out.
 
 Rows are single messages (as on the hub) or whole nested trees (as in the project's own export).
 Schema and the states of a tree: https://huggingface.co/datasets/OpenAssistant/oasst1. Every message
@@ -32,8 +32,8 @@ from runner.errors import DataError
 from runner.strict import Text
 
 READY: Final = "ready_for_export"
-# States of trees that reviewers or moderators gave up; the others between these and `READY` are
-# still being collected.
+# States of trees that reviewers or moderators gave up; in all other states except `READY`, a tree
+# is still being collected.
 GIVEN_UP: Final = ("aborted_low_grade", "halted_by_moderator")
 _MESSAGE_COLUMNS: Final = frozenset(
     {
@@ -112,13 +112,13 @@ class Oasst1Task(Task):
 def _look_for_leftovers(
     rows: Iterable[tuple[str, Any]], leftovers: Leftovers
 ) -> Iterator[tuple[str, Any]]:
-    """The rows, after their columns and the keys of nested messages were noted."""
+    """Yield the rows, noting their columns and the keys of nested messages."""
     for where, row in rows:
         if isinstance(row, Mapping):
             is_nested = "message_id" not in row and "prompt" in row
             pending = [row["prompt"]] if is_nested else []
             keys: dict[str, None] = {}
-            for node in pending:  # grows as it goes
+            for node in pending:  # grows during the loop
                 if isinstance(node, Mapping):
                     keys |= dict.fromkeys(find_unused(node, _MESSAGE_COLUMNS, KEY_PREFIX))
                     replies = node.get("replies")
@@ -130,7 +130,7 @@ def _look_for_leftovers(
 
 @dataclass(frozen=True)
 class TreeMessage:
-    """One message as its row has it; None stands for a null."""
+    """One message as in its row; None for a null."""
 
     where: str
     message_id: str
@@ -147,7 +147,7 @@ class TreeMessage:
 
 @dataclass(frozen=True)
 class TreePath:
-    """Messages from the root down, the last one an assistant's."""
+    """Messages from the root down; the last one is an assistant's."""
 
     messages: tuple[TreeMessage, ...]
     message_tree_id: str
@@ -155,7 +155,7 @@ class TreePath:
 
 @dataclass(frozen=True)
 class TreePaths:
-    """The paths of all trees, and why how many messages stand in none of them."""
+    """The paths of all trees, and the number of messages outside of them by reason."""
 
     paths: tuple[TreePath, ...]
     left_out: Mapping[str, int]
@@ -224,7 +224,9 @@ def _read_messages(row: Any, where: str) -> Iterator[TreeMessage]:
 def _read_message(
     node: Mapping[str, Any], parent_id: Any, tree: Mapping[str, Any], where: str
 ) -> TreeMessage:
-    """`tree` holds the fields of the whole tree: the row itself where it is flat."""
+    """Read one message; `tree` holds the fields of the whole tree, which is the row if it is
+    flat.
+    """
     role = read_text(node, "role", where)
     if role not in SPEAKERS:
         raise DataError(f"{where}: the role is {role!r}, expected one of {', '.join(SPEAKERS)}")
@@ -258,7 +260,9 @@ def _read_optional_text(row: Mapping[str, Any], column: str, where: str) -> str 
 
 
 class _Forest:
-    """All messages of a source. Each one ends up in a path or under one reason in `left_out`."""
+    """All messages of a source. Each one is either in a path or counted under one reason in
+    `left_out`.
+    """
 
     def __init__(
         self, messages: Mapping[str, TreeMessage], task: Oasst1Task, left_out: Counter[str]
@@ -271,14 +275,14 @@ class _Forest:
             self._children.setdefault(message.parent_id, []).append(message)
 
     def walk(self, root: TreeMessage) -> list[TreePath]:
-        """The paths through one tree; counts what they leave out."""
+        """The paths through one tree; counts the messages that they leave out."""
         below = self._list_below(root)
         if (reason := self._why_no_tree(root)) is not None:
             self._left_out[reason] += len(below)
             return []
         usable = self._select_usable(below)
         answered: set[str] = set()  # an assistant speaks here or below
-        for message in reversed(below):  # replies before what they reply to
+        for message in reversed(below):  # replies before their parents
             if message.message_id in usable and (
                 message.role == "assistant"
                 or any(c.message_id in answered for c in self._replies(message))
@@ -294,7 +298,7 @@ class _Forest:
         return [TreePath(tuple(path), tree_id) for path in chosen]
 
     def count_unreachable(self) -> None:
-        """Messages that hang from no root: below one that is missing, or in a circle."""
+        """Count the messages without a root: below a missing message, or in a circle."""
         reached = {
             message.message_id for root in self._replies(None) for message in self._list_below(root)
         }
@@ -316,7 +320,7 @@ class _Forest:
     def _list_below(self, top: TreeMessage) -> list[TreeMessage]:
         """The message and everything below it, parents before their replies."""
         found = [top]
-        for message in found:  # grows as it goes
+        for message in found:  # grows during the loop
             found += self._replies(message)
         return found
 
@@ -329,7 +333,7 @@ class _Forest:
         return None
 
     def _select_usable(self, below: list[TreeMessage]) -> set[str]:
-        """Ids of the messages that may stand in a conversation, and whose parents all may."""
+        """Ids of the messages that may be in a conversation, together with all their parents."""
         usable: set[str] = set()
         for message in below:
             if message is not below[0] and message.parent_id not in usable:
@@ -370,5 +374,7 @@ class _Forest:
 
 
 def _order(message: TreeMessage) -> tuple[bool, float, str]:
-    """The best reply first: rank 0, then 1, ..., then those without a rank; equals by id."""
+    """A sort key that puts the best reply first: rank 0, then 1, ..., then replies without a rank;
+    ties are sorted by id.
+    """
     return message.rank is None, message.rank or 0, message.message_id

@@ -28,7 +28,7 @@ _COLUMN_PAIRS: Final = (
     ("question", "response"),
     ("input", "output"),
 )
-# Columns that belong to the prompt where a row has them, and where they stand in it.
+# Columns that belong to the prompt if a row has them, before and after its main column.
 _BEFORE: Final = ("context",)
 _AFTER: Final = ("input",)
 _SYSTEM: Final = ("system", "system_prompt")
@@ -73,8 +73,8 @@ class PromptCompletionTask(PromptTask):
         names = list_placeholders(self.prompt)
         if not names:
             raise ValueError(
-                "`prompt` holds no column in braces, such as {question}: all rows would ask the"
-                " same; for a text that stands before all prompts set `system`"
+                "`prompt` holds no column in braces, such as {question}: all rows would have the"
+                " same prompt; for a text before all prompts set `system`"
             )
         if self.prompt_column not in (_PROMPT_COLUMN, *names):
             raise ValueError(
@@ -105,7 +105,7 @@ class PromptCompletionTask(PromptTask):
 
 
 def _recognise_more(found: Recognised, row: Mapping[str, Any]) -> Recognised:
-    """The section with a prompt of several columns, and a system text, where the row has them."""
+    """The section, with a prompt of several columns and a system text if the row has them."""
     column = found.columns[0]
     before = [name for name in _BEFORE if name in row and name not in found.columns]
     after = [name for name in _AFTER if name in row and name not in found.columns]

@@ -1,7 +1,8 @@
-"""The base of tasks with a prompt: column texts in the places of their placeholders.
+"""The base of tasks with a prompt, whose placeholders are replaced by the texts of columns.
 
 A placeholder is a plain identifier in braces, `{title}`: a column of the rows, or a name that the
-task fills itself. Any other brace is text, doubled ones too; `{!title}` is the text `{title}`.
+task fills itself. Any other brace is text, including doubled ones; `{!title}` is the text
+`{title}`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class PromptTask(Task):
         return self.prompt
 
     def list_read_columns(self) -> Collection[str]:
-        """The columns that the task reads, whatever its prompt holds."""
+        """The columns that the task reads independently of its prompt."""
         raise NotImplementedError
 
     def list_answer_columns(self) -> Collection[str]:
@@ -114,7 +115,7 @@ class PromptTask(Task):
             elif role == "user":
                 self._require_known(key, names, row, where)
                 raise DataError(
-                    f"{where}: the prompt is empty, as there is no text in {list_names(names)}",
+                    f"{where}: the prompt is empty: there is no text in {list_names(names)}",
                     hint="leave such rows out of the file",
                 )
         messages.append({"role": "assistant", "content": completion})
@@ -122,7 +123,7 @@ class PromptTask(Task):
         return Example(where, tuple(messages), references, unused=unused)
 
     def _list_placeholders(self) -> list[tuple[str, str]]:
-        """The columns that stand in texts of the section, each with the key of its text."""
+        """The columns named in texts of the section, each with the key of its text."""
         found = []
         for key, text in (("prompt", self.prompt), ("system", self.system)):
             names = list_placeholders(text or "", self.PLACEHOLDERS)
@@ -130,8 +131,8 @@ class PromptTask(Task):
         return found
 
     def _require_columns(self, rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """The rows. Raises DataError after the last one for a placeholder that is a column of none
-        of them.
+        """Yield the rows. Raises DataError after the last one for a placeholder that is not a
+        column of any row.
         """
         columns: dict[str, None] = dict.fromkeys(self.OPTIONAL_COLUMNS)
         first = None
@@ -170,7 +171,7 @@ def require_placeholders(prompt: str, *names: str) -> None:
 
 
 def list_placeholders(text: str, own: tuple[str, ...] = ()) -> list[str]:
-    """The columns that a text names, each once, without those of the task's `own` names.
+    """The columns that a text names, each once, without the task's `own` names.
 
     >>> list_placeholders('{a} {b} {a} {"c": 1} {d e} {{f}} {!g}', own=("b",))
     ['a']
@@ -183,8 +184,8 @@ def fill_prompt(prompt: str, row: Mapping[str, Any], where: str, texts: Mapping[
     r"""The prompt with its placeholders replaced by `texts`, else by columns; a placeholder inside
     a replacement stays as it is.
 
-    A column that is empty or not there leaves no trace: a line that holds nothing else goes, with
-    its blank lines.
+    A column that is empty or missing leaves no trace: a line that holds nothing else is removed,
+    together with its blank lines.
 
     >>> fill_prompt("{q}\n\nHint: {hint}", {"hint": "{q}"}, "row 1", {"q": "Why?"})
     'Why?\n\nHint: {q}'
@@ -231,10 +232,10 @@ def _fill_line(line: str, row: Mapping[str, Any], where: str, texts: Mapping[str
 
 @cache
 def _compile(own: tuple[str, ...]) -> re.Pattern[str]:
-    """The pattern of placeholders. The task's own are such in doubled braces too, others are not:
-    prompts that were written before columns could be named stay the same texts.
+    """The pattern of placeholders. In doubled braces, only the task's own names are placeholders,
+    so prompts that were written before columns could be named stay the same texts.
     """
-    names = "|".join(map(re.escape, own)) or "(?!)"  # which matches nothing
+    names = "|".join(map(re.escape, own)) or "(?!)"  # the latter matches nothing
     return re.compile(
         rf"\{{(?P<own>{names})\}}"
         rf"|(?<!\{{)\{{(?:!(?P<literal>!*{_NAME})|(?P<column>{_NAME}))\}}(?!\}})"

@@ -1,7 +1,8 @@
-"""The task `python`: a function of the project makes a conversation of each row.
+"""The task `python`: a function of the project turns each row into a conversation.
 
-The function runs in a process of its own, under limits (`runner.functions`), and only where
-`run.allowed_code` has let it. It may not leave rows out, and a row on which it fails is an error.
+The function runs in a separate process, under limits (`runner.functions`), and only if
+`run.allowed_code` has allowed it. It may not leave rows out, and a row on which it fails is an
+error.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from runner.functions import UserFunction
 
 _KEYS: Final = ("messages", "tools", "references", "group")
 _FORM: Final = (
-    "return a list of messages, or {'messages': [...]} with, where there are any, 'tools',"
-    " 'references' (a list of texts) and 'group' (a text)"
+    "return a list of messages, or {'messages': [...]} with optional keys 'tools', 'references'"
+    " (a list of texts) and 'group' (a text)"
 )
 
 
@@ -34,17 +35,17 @@ class PythonTask(UserFunction, Task):
     _builds_twice: bool = PrivateAttr(False)
 
     def for_check(self) -> Self:
-        """The task that refuses a function whose answers change."""
+        """A copy of the task that refuses a function whose answers change."""
         task = self.model_copy()
         task._builds_twice = True
         return task
 
     def list_used_columns(self, row: Mapping[str, Any]) -> Collection[str]:
-        """All of them: what a function makes of a column, nobody knows."""
+        """All columns, because it is unknown which ones the function uses."""
         return set(row)
 
     def list_text_columns(self, row: Mapping[str, Any]) -> Collection[str]:
-        """None by its name: `draw` finds out where a function makes texts of `id` and the like."""
+        """No columns by name: `draw` detects a function that uses `id` and similar columns."""
         return ()
 
     def build_examples(
@@ -80,16 +81,16 @@ class PythonTask(UserFunction, Task):
         ]
         return DataError(
             f"{first.where}: {self.function} returned other {' and '.join(changed)} when it was"
-            " asked again, in a new process and with the rows in reverse order",
+            " called again, in a new process and with the rows in reverse order",
             hint=(
-                "a function may depend on the row alone: not on chance, on the time, or on what it"
-                " was asked before"
+                "let the function depend on the row alone, not on chance, on the time, or on"
+                " earlier calls"
             ),
         )
 
 
 def _read_example(value: Any, where: str) -> Example:
-    """The example that a function returned, in the shapes that the task `conversations` reads.
+    """The example that a function returned, in the forms that the task `conversations` reads.
 
     >>> answered = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     >>> _read_example({"messages": answered, "references": ["!"]}, "row 1").references
@@ -98,7 +99,7 @@ def _read_example(value: Any, where: str) -> Example:
     if value is None:
         raise DataError(
             f"{where}: found nothing (None), but a function may not leave rows out",
-            hint="take the row out of the file",
+            hint="remove the row from the file",
         )
     if isinstance(value, list):
         value = {"messages": value}

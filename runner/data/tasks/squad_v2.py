@@ -80,10 +80,10 @@ class SquadV2Task(PromptTask):
         return replace(example, group=derive_row_key(context))
 
     def judge(self, prediction: str, references: References) -> Judgement:
-        """Exact match and token F1 against the best reference, as the official script of SQuAD 2.0
-        counts them.
+        """Exact match and token F1 against the best reference, computed as in the official script
+        of SQuAD 2.0.
 
-        The task's `no_answer_text`, and an answer without any word, say that the context holds no
+        The task's `no_answer_text`, and an answer without any word, mean that the context holds no
         answer.
 
         >>> task = SquadV2Task(name="squad_v2", prompt="{context} {question}")
@@ -111,7 +111,7 @@ class SquadV2Task(PromptTask):
 
 
 def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The different answers of a SQuAD question, empty where the context holds none."""
+    """The distinct answers to a SQuAD question; empty if the context holds none."""
     answers = require_column(row, "answers", where)
     expected = 'expected {"text": [...], "answer_start": [...]}'
     if isinstance(answers, list) and all(isinstance(answer, Mapping) for answer in answers):
@@ -130,7 +130,7 @@ def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         raise DataError(
             f"{where}: column `is_impossible` is {json.dumps(is_impossible)}, but `answers` holds"
             f" {len(texts)} answers",
-            hint="an impossible question has no answers; or `data.ignore: [is_impossible]`",
+            hint="remove answers to impossible questions, or set `data.ignore: [is_impossible]`",
         )
     for text in texts:
         if not isinstance(text, str) or not text.strip():

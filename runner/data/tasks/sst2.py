@@ -66,8 +66,8 @@ class Sst2Task(PromptTask):
         return self.build_prompted(columns, where, {"sentence": sentence}, label, (label,))
 
     def judge(self, prediction: str, references: References) -> Judgement:
-        """1 if the answer is the right label text, but for case, whitespace and punctuation around
-        it.
+        """1 if the answer is the right label text, ignoring case, and whitespace and punctuation
+        around it.
 
         >>> task = Sst2Task(name="sst2", prompt="{sentence}")
         >>> task.judge("Positive.", ("positive",)), task.judge("good", ("positive",)).is_readable
@@ -87,8 +87,8 @@ class Sst2Task(PromptTask):
         return metrics
 
     def _f1_of_positives(self, judged: Sequence[Judged]) -> float:
-        """F1 of label 1, as GLUE counts it; an answer that is neither label counts as the wrong
-        one.
+        """F1 of label 1, computed as in GLUE; an answer that is neither label counts as the wrong
+        label.
         """
         pairs = [
             (references[0] == self.label_texts[1], scores["accuracy"] == 1)
@@ -102,7 +102,7 @@ class Sst2Task(PromptTask):
 
 
 def _read_label(row: Mapping[str, Any], column: str, where: str) -> int:
-    """0 or 1; a CSV file gives them as texts."""
+    """The label 0 or 1; in CSV files, labels are texts."""
     label = require_column(row, column, where)
     if (isinstance(label, int) and not isinstance(label, bool)) or isinstance(label, str):
         if str(label) in ("0", "1"):

@@ -75,8 +75,8 @@ class SummarizationTask(PromptTask):
     def open_judge(self) -> Iterator[Judge]:
         """ROUGE-1, ROUGE-2 and ROUGE-L F-measures by rouge-score.
 
-        With Porter's stemmer, as the original ROUGE is run for summaries (`-m`). Words are runs of
-        a-z and 0-9: this is a measure for English.
+        Uses Porter's stemmer, like the original ROUGE for summaries (`-m`). Words are runs of a-z
+        and 0-9, so the measure is for English.
         """
         from rouge_score.rouge_scorer import RougeScorer
 

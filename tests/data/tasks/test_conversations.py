@@ -48,7 +48,7 @@ def test_conversations_of_every_shape(row: Any) -> None:
         ({"messages": [{"role": "user", "content": "hi"}]}, "has no assistant turn"),
         (
             {"prompt": "hi", "completion": "hello"},
-            "has the columns `prompt` and `completion`, no messages",
+            "has the columns `prompt` and `completion`, but no messages",
         ),
         ("hi", "expected a conversation, found a text"),
         (None, "found nothing (null)"),

@@ -117,7 +117,7 @@ def test_an_empty_column_leaves_no_trace(prompt: str, filled: str, nothing: Any)
 
 def test_a_prompt_of_nothing_is_refused() -> None:
     task = PromptCompletionTask(name="prompt_completion", prompt="{a}\n{b}")
-    with pytest.raises(DataError, match="row 1: the prompt is empty, as there is no text in `a`"):
+    with pytest.raises(DataError, match="row 1: the prompt is empty: there is no text in `a`"):
         build({"a": "", "b": None, "completion": "x"}, task)
     with pytest.raises(DataError, match=r"holds \{b\}, but there is no column `b`"):
         build({"a": "", "completion": "x"}, task)
