@@ -42,6 +42,16 @@ def test_the_readme_shows_a_picture_and_links_to_the_index() -> None:
     assert "docs/report.png" in links and "docs/README.md" in links
 
 
+def test_the_terms_of_the_glossary_are_in_order() -> None:
+    """As the page says: within each of its sections."""
+    page = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    sections = [
+        re.findall(r"^\| (?!term|---)([^|]+) \|", part, re.M) for part in page.split("\n## ")
+    ]
+    assert sum(map(len, sections)) > 60
+    assert all(terms == sorted(terms, key=str.lower) for terms in sections)
+
+
 def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.docs.test_links.ROOT", tmp_path)
     (tmp_path / "a.md").write_text("# One thing\n[x](b.md#two) [y](c.md) [z](#one-thing)\n")

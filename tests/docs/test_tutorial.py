@@ -143,6 +143,17 @@ def test_the_five_commands_of_the_readme_take_any_columns(
     assert (tmp_path / "study" / "report.html").is_file()
 
 
+def test_a_column_with_spaces_in_its_name_is_a_prompt_as_the_readme_says(tmp_path: Path) -> None:
+    rows = "".join(f"{number},text {number},yes\n" for number in range(9))
+    (tmp_path / "rows.csv").write_text(f"No.,Customer text,Is it late?\n{rows}")
+    option = "--prompt 'Customer text'"
+    assert option in (ROOT / "README.md").read_text(encoding="utf-8")
+    code, printed = Shell(tmp_path).run(
+        f"runner init study --data rows.csv {option} --completion 'Is it late?'"
+    )
+    assert code == 0 and "read as prompt_completion: Customer text -> Is it late?" in printed
+
+
 def test_quotes_that_are_not_printed_are_found() -> None:
     printed = "a 12 b\nby 0.53 (95%\n  interval) end\nz"
     assert find_absent("a 12 b\nz", printed) == []
