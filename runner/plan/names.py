@@ -38,7 +38,7 @@ def find_named(
     if not text:  # as of a shell variable that is not set; `Path("")` would be the whole project
         raise RunnerError(
             "an empty argument names no recipe, run or grid",
-            hint="`.` names everything in the current folder",
+            hint="`runner status` lists the runs; `.` names everything in the current folder",
         )
     path = Path(text)
     found = [path] if os.path.exists(path) else []
