@@ -273,7 +273,7 @@ def test_user_code_is_type_checked(tmp_path: Path) -> None:
         "import runner\n"
         "runs = runner.load_runs('demo', where={'seed': [1, 2]})\n"
         "for run in runs:\n"
-        "    rate: str = run.recipe.training.learning_rate\n"
+        "    count: str = run.recipe.data.num_train_samples\n"
         "rows: int = runner.build_report(runs).rows\n"
     )
     shown = subprocess.run(
