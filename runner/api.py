@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import glob
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from runner.errors import RunnerError
 from runner.files import load_jsonl
 from runner.plan.read import ReadRun, read_runs
 from runner.plan.select import UnreadableRun, label_value, match_axes, select_recipes
 from runner.plan.status import NOT_VERIFIABLE, State, is_verifiable, verify_files
 from runner.project_folder import check_settings, entering, find_project_above, is_same_folder
 from runner.recipe import parse
+from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents
 from runner.recipe.parse import Recipe
 from runner.run.base_scores import find_other_base_scores
-from runner.run.paths import RunPaths, content_cache_path, find_output_root
+from runner.run.paths import RunPaths, content_cache_path, find_output_root, recipe_cache_path
 from runner.run.result import TrainResult
 from runner.run.siblings import find_absent, find_moved, list_loaded
 from runner.strict import thaw
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["build_report", "load_recipe", "load_runs"]
 
 StrPath = str | os.PathLike[str]
+# The current folder belongs to the whole process: two threads that read runs take turns.
+_folder_lock: Final = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,7 +134,7 @@ class ReportTables:
         return f"ReportTables({len(self.rows)} rows, {len(self.effects)} effects)"
 
 
-def load_recipe(path: StrPath, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: StrPath, overrides: str | Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, checked; `overrides` are `key=value`, as on the command line.
 
     Its sections are attributes: `load_recipe("recipes/demo/a.yaml").training.learning_rate`.
@@ -137,7 +142,7 @@ def load_recipe(path: StrPath, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: all problems at once, with lines and dotted keys.
     """
-    return parse.load_recipe(Path(path), overrides)
+    return parse.load_recipe(Path(path), _list_texts(overrides))
 
 
 def load_runs(
@@ -150,51 +155,58 @@ def load_runs(
     """The runs of recipe files, run directories, folders or globs of them, or names of grids and
     runs, each once and in order.
 
-    `where` keeps the runs with these axis values; a list holds alternatives:
-    `where={"loss": "completion", "seed": [1, 2]}`. `verify` reads every byte that completed runs
-    recorded, as `runner report --verify` does. A run that cannot be read is left out with a Python
-    warning.
+    `where` keeps the runs with these axis values; a list, or anything else that holds values, has
+    alternatives: `where={"loss": "completion", "seed": [1, 2]}`. `verify` reads every byte that
+    completed runs recorded, as `runner report --verify` does. A run that cannot be read is left out
+    with a Python warning.
 
     Paths are relative to the current folder, as everywhere in Python, and `output_root` to the
-    project that the paths are in. The current folder changes to the project while runs are read,
-    which other threads would notice.
+    project that the paths are in. The current folder changes to the project while runs are read.
+    Threads may call this function at the same time, and take turns; other code in another thread
+    would notice the change.
 
     Raises:
         RunnerError: a path names nothing, a recipe is wrong, or `where` matches nothing.
     """
-    texts = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    by_project: dict[Path, list[str]] = {}
-    for text in [os.fspath(one) for one in texts]:
-        project, inside = _find_project(text)
-        by_project.setdefault(project, []).append(inside)
-    conditions = [(axis, _list_labels(values)) for axis, values in (where or {}).items()]
+    texts = _list_texts(paths)
+    conditions = _list_conditions(where)
     shown = " and ".join(f"{axis}={','.join(labels)}" for axis, labels in conditions)
+    by_project: dict[Path, list[str]] = {}
     found: dict[Path, Run] = {}
-    for project, inside_texts in by_project.items():
-        with entering(project):
-            for run in _load_inside(inside_texts, Path(output_root), conditions, shown, verify):
-                found.setdefault(Path(os.path.realpath(run.run_dir)), run)
+    with _folder_lock:
+        for text in texts:
+            project, inside = _find_project(text)
+            by_project.setdefault(project, []).append(inside)
+        for project, inside_texts in by_project.items():
+            with entering(project):
+                for run in _load_inside(inside_texts, Path(output_root), conditions, shown, verify):
+                    found.setdefault(Path(os.path.realpath(run.run_dir)), run)
     return list(found.values())
 
 
 def build_report(
-    runs: Iterable[Run], *, metrics: Sequence[str] | None = None, rows_fixed: bool = False
+    runs: Iterable[Run], *, metrics: str | Sequence[str] | None = None, rows_fixed: bool = False
 ) -> ReportTables:
     """Return the verdicts, rows and effects of `runner report` for these runs.
 
-    `metrics` are compared instead of those that fit; with `rows_fixed`, intervals describe these
-    test rows only.
+    A run that is given twice counts once. `metrics` are compared instead of those that fit; with
+    `rows_fixed`, intervals describe these test rows only.
+
+    Raises:
+        RunnerError: no run has a metric of that name.
     """
     from runner.report.build import build_report as build
-    from runner.report.rows import build_rows, name_other_base_scores
+    from runner.report.rows import build_rows, name_other_base_scores, require_metrics
 
-    read = [run._read for run in runs]
+    read = list(_by_folder(runs).values())
     dirs = [(recipe.run.grid, facts.paths.run_dir) for recipe, facts, _ in read]
     roots = sorted({find_output_root(run_dir) for _, run_dir in dirs})
     rows = name_other_base_scores(
         build_rows(read), [one for root in roots for one in find_other_base_scores(root)]
     )
-    report = build(rows, metrics=metrics, rows_fixed=rows_fixed, absent=find_absent(dirs))
+    names = None if metrics is None else _list_texts(metrics)
+    require_metrics(names, rows)
+    report = build(rows, metrics=names, rows_fixed=rows_fixed, absent=find_absent(dirs))
     return ReportTables(report, _list_warnings(read))
 
 
@@ -215,9 +227,67 @@ def _find_project(text: str) -> tuple[Path, str]:
     return project, text
 
 
-def _list_labels(values: Any) -> list[str]:
-    alternatives = values if isinstance(values, list | set | range) else [values]
-    return [label_value(value) for value in alternatives]
+def _by_folder(runs: Iterable[Run]) -> dict[str, ReadRun]:
+    """The runs by run directory, so that each is there once.
+
+    Raises:
+        TypeError: one of them is no run.
+    """
+    found: dict[str, ReadRun] = {}
+    for run in [runs] if isinstance(runs, Run | str) else runs:
+        if not isinstance(run, Run):
+            raise TypeError(f"got {run!r}, expected the runs that `load_runs` returns")
+        found.setdefault(os.path.realpath(run.run_dir), run._read)
+    return found
+
+
+def _list_texts(values: StrPath | Iterable[StrPath]) -> list[str]:
+    """Texts or paths as a list of texts; a single one may come without a list.
+
+    Raises:
+        TypeError: one of them is neither.
+    """
+    texts = []
+    for value in [values] if isinstance(values, str | bytes | os.PathLike) else values:
+        text = os.fspath(value)
+        if not isinstance(text, str):
+            raise TypeError(f"got {value!r}, expected a text or a path")
+        texts.append(text)
+    return texts
+
+
+def _list_conditions(where: Mapping[str, Any] | None) -> list[tuple[str, list[str]]]:
+    """`where` as axes and texts of values, as they are typed on a command line.
+
+    Raises:
+        TypeError: it is no mapping, or an axis has no name.
+        RunnerError: an axis has no value.
+    """
+    if where is None:
+        return []
+    if not isinstance(where, Mapping):
+        raise TypeError(f'got {where!r} as `where`, expected a dict such as {{"seed": [1, 2]}}')
+    conditions = []
+    for axis, values in where.items():
+        if not isinstance(axis, str):
+            raise TypeError(f"got {axis!r} as an axis of `where`, expected a text")
+        # An axis value is a text, a number, a boolean or None, so whatever holds several values
+        # has alternatives.
+        is_one = isinstance(values, str) or not isinstance(values, Iterable)
+        labels = [_label(value) for value in ([values] if is_one else values)]
+        if not labels:
+            raise RunnerError(
+                f"`where` has no value for the axis {axis!r}, so no run matches",
+                hint="leave the axis out to keep all of its values",
+            )
+        conditions.append((axis, labels))
+    return conditions
+
+
+def _label(value: Any) -> str:
+    """An axis value as it is typed on a command line; NumPy's scalars like Python's."""
+    item = getattr(value, "item", None)
+    return label_value(item() if callable(item) else value)
 
 
 def _load_inside(
@@ -229,7 +299,11 @@ def _load_inside(
 ) -> list[Run]:
     """The runs, read in the current folder, which is their project."""
     unreadable: list[UnreadableRun] = []
-    selected = select_recipes(texts, output_root, unreadable=unreadable, prefer="both")
+    # The cache of recipes is used and never saved: this module does not write.
+    cache = RecipeCache(recipe_cache_path(output_root))
+    selected = select_recipes(
+        texts, output_root, unreadable=unreadable, load=cache.load, prefer="both"
+    )
     known = KnownContents(content_cache_path(output_root))
     absolute = [
         replace(

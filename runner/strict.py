@@ -4,6 +4,7 @@ and lists that cannot be changed.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Final
@@ -49,6 +50,18 @@ def thaw(value: Any) -> Any:
         return {key: thaw(item) for key, item in value.items()}
     return [thaw(item) for item in value] if isinstance(value, list | tuple) else value
 
+
+def _restore(content: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(content)
+
+
+def _reduce(mapping: MappingProxyType[Any, Any]) -> tuple[Any, ...]:
+    return _restore, (dict(mapping),)
+
+
+# Python cannot pickle or deep-copy a read-only mapping; notebooks cache runs and send them to other
+# processes.
+copyreg.pickle(MappingProxyType, _reduce)
 
 FrozenDict = Annotated[dict[str, Any], AfterValidator(freeze), PlainSerializer(thaw)]
 FrozenList = Annotated[list[Any], AfterValidator(freeze), PlainSerializer(thaw)]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 import pytest
 
@@ -178,6 +184,107 @@ def test_recipe_files_have_the_status_of_today(
 def test_what_is_not_there_is_refused(demo: Path, arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(RunnerError, match=re.escape(told)):
         runner.load_runs(**arguments)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [[1, 2], (1, 2), {1, 2}, frozenset({1, 2}), range(1, 3), iter([1, 2]), numpy.array([1, 2])]
+    + [pandas.Series([1, 2]), ["1", 2.0]],
+    ids=lambda seeds: type(seeds).__name__,
+)
+def test_whatever_holds_values_holds_alternatives(demo: Path, seeds: Any) -> None:
+    runs = runner.load_runs("demo", where={"loss": "full", "seed": seeds})
+    assert [run.axes["seed"] for run in runs] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("value", [None, True, 0.001, numpy.bool_(True), numpy.float32(0.5)])
+def test_a_value_is_of_any_kind(tmp_path: Path, value: Any) -> None:
+    values = [None, True, 0.001, 0.5, "text"]
+    scored_grid(tmp_path / "runs", {"a": values}, lambda a: 1.0, seeds=(1,))
+    (run,) = runner.load_runs(tmp_path / "runs/demo", where={"a": value})
+    assert run.axes["a"] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"paths": "demo", "where": {"seed": []}}, "`where` has no value for the axis 'seed'"),
+        ({"paths": "demo", "where": [("seed", 1)]}, "expected a dict"),
+        ({"paths": "demo", "where": {1: 2}}, "expected a text"),
+        ({"paths": ""}, "an empty argument names no recipe, run or grid"),
+        ({"paths": b"demo"}, "expected a text or a path"),
+    ],
+)
+def test_wrong_arguments_are_explained(
+    demo: Path, arguments: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises((RunnerError, TypeError), match=re.escape(expected)):
+        runner.load_runs(**arguments)
+
+
+def test_threads_take_turns(demo: Path, tmp_path: Path) -> None:
+    """The current folder is that of all threads, and is the notebook's again afterwards."""
+    other = tmp_path / "other"
+    (other / "recipe_templates").mkdir(parents=True)
+    shutil.copytree(demo / "runs", other / "runs")
+    here = Path.cwd()
+    paths = [path for _ in range(8) for path in ("../runs/demo", other / "runs/demo")]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(runner.load_runs, paths))
+    assert Path.cwd() == here
+    for path, runs in zip(paths, found, strict=True):
+        assert {run.run_dir.parent for run in runs} == {(here / path).resolve()}
+        assert len(runs) == 12
+
+
+def test_a_run_that_is_given_twice_counts_once(demo: Path) -> None:
+    runs = runner.load_runs("demo")
+    report = runner.build_report([*runs, *runner.load_runs("../runs/demo/gemma*")])
+    assert report.rows == runner.build_report(runs).rows and len(report.rows) == 12
+    with pytest.raises(TypeError, match="expected the runs that `load_runs` returns"):
+        runner.build_report("demo")  # type: ignore[arg-type]
+
+
+def test_a_metric_that_no_run_has_is_refused(demo: Path) -> None:
+    runs = runner.load_runs("demo")
+    with pytest.raises(RunnerError, match="no run has the metric 'accuracy'"):
+        runner.build_report(runs, metrics=["accuracy"])
+    one = runner.build_report(runs, metrics="nll_per_token")
+    assert {effect["metric"] for effect in one.effects} == {"nll_per_token"}
+
+
+def test_a_single_override_needs_no_list() -> None:
+    path = ROOT / "recipes/demo/gemma_060_full_seed1.yaml"
+    assert runner.load_recipe(path, "training.learning_rate=0.5").training.learning_rate == 0.5
+
+
+def test_runs_and_reports_can_be_cached(demo: Path) -> None:
+    """`joblib`, Streamlit and `multiprocessing` pickle what they keep or send."""
+    runs = runner.load_runs("demo")
+    again = pickle.loads(pickle.dumps(runs))
+    assert [run.recipe for run in again] == [run.recipe for run in runs]
+    assert again[0].eval_rows() == runs[0].eval_rows()
+    report = runner.build_report(again)
+    assert copy.deepcopy(report).effects == runner.build_report(runs).effects == report.effects
+
+
+def test_user_code_is_type_checked(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(
+        "import runner\n"
+        "runs = runner.load_runs('demo', where={'seed': [1, 2]})\n"
+        "for run in runs:\n"
+        "    count: str = run.recipe.data.num_train_samples\n"
+        "rows: int = runner.build_report(runs).rows\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "user.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    found = re.findall(r"user.py:(\d+): error: Incompatible types", shown.stdout)
+    assert found == ["4", "5"], shown.stdout + shown.stderr
 
 
 def test_the_example_of_the_page_runs(

@@ -1,7 +1,8 @@
 """Shell completion by argcomplete: verbs, options, paths, names of grids and runs, axes and their
 values, and keys of recipes.
 
-The shell starts `runner` with `_ARGCOMPLETE` set; completions go to a descriptor of its own.
+The shell starts `runner` with `_ARGCOMPLETE` set; completions go to a descriptor of its own. Every
+Tab starts a process, so nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from argcomplete import autocomplete
 from argcomplete.completers import FilesCompleter, SuppressCompleter
 
 from runner.cli.arguments import build_parser
-from runner.cli.places import DEFAULT_OUTPUT_ROOT
 from runner.cli.shared_arguments import VerbParser
 from runner.errors import RunnerError
 from runner.plan.names import RECIPES_DIR
-from runner.project_folder import TEMPLATES, entering, find_project_above
+from runner.project_folder import TEMPLATES, entering, find_project_above, find_user_folder
+from runner.run.paths import DEFAULT_OUTPUT_ROOT
 
 Completer = Callable[..., Iterable[str]]
 _files: Final = FilesCompleter()
@@ -61,10 +62,11 @@ def _complete_paths(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> I
     """Paths, names of grids and, once something is typed, names of runs and keys of overrides."""
     yield from _files(prefix)
     with _in_project():
-        for grid in _list_grids():
+        root = _find_output_root(parsed_args)
+        for grid in _list_grids(root):
             yield grid
             if prefix:
-                for run in _list_runs(grid):
+                for run in _list_runs(grid, root):
                     yield run
                     yield f"{grid}/{run}"
     if prefix and getattr(parsed_args, "takes_overrides", False):
@@ -89,9 +91,9 @@ def _complete_key(prefix: str, **_: Any) -> Iterator[str]:
     yield from (one.path for one in list_all_keys())
 
 
-def _complete_grid(prefix: str, **_: Any) -> Iterator[str]:
+def _complete_grid(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterator[str]:
     with _in_project():
-        yield from _list_grids()
+        yield from _list_grids(_find_output_root(parsed_args))
 
 
 def _complete_axis(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterator[str]:
@@ -124,14 +126,17 @@ def _load_axes(parsed_args: argparse.Namespace) -> dict[str, list[str]]:
     from runner.run.paths import recipe_cache_path
 
     grid = getattr(parsed_args, "grid", None)
-    paths = getattr(parsed_args, "paths", None) or [grid or str(RECIPES_DIR)]
+    paths = getattr(parsed_args, "paths", None) or ([grid] if grid else [])
     here = Path.cwd()
     axes: dict[str, dict[str, None]] = {}
     with _in_project():
+        root = _find_output_root(parsed_args)
         named = [str(here / path) if (here / path).exists() else path for path in paths]
-        cache = RecipeCache(recipe_cache_path(DEFAULT_OUTPUT_ROOT))
+        named = named or [str(folder) for folder in (RECIPES_DIR, root) if folder.is_dir()][:1]
+        cache = RecipeCache(recipe_cache_path(root))
         try:
-            selected = select_recipes(named, DEFAULT_OUTPUT_ROOT, load=cache.load)
+            # A damaged run among the others hides no axis.
+            selected = select_recipes(named, root, unreadable=[], load=cache.load)
         except (RunnerError, OSError):
             return {}
     for one in selected:
@@ -140,18 +145,26 @@ def _load_axes(parsed_args: argparse.Namespace) -> dict[str, list[str]]:
     return {axis: list(values) for axis, values in axes.items()}
 
 
-def _list_grids() -> list[str]:
+def _find_output_root(parsed_args: argparse.Namespace) -> Path:
+    """The folder of runs that was typed, which is relative to the user's folder; else the project's
+    own.
+    """
+    typed = getattr(parsed_args, "output_root", None)
+    return DEFAULT_OUTPUT_ROOT if typed is None else (find_user_folder() or Path.cwd()) / typed
+
+
+def _list_grids(root: Path) -> list[str]:
     found = [
         *(path.parent for path in Path(TEMPLATES).glob("*/grid.yaml")),
         *(path.parent for path in RECIPES_DIR.glob("*/*.yaml")),
-        *(path.parent.parent for path in DEFAULT_OUTPUT_ROOT.glob("*/*/recipe.json")),
+        *(path.parent.parent for path in root.glob("*/*/recipe.json")),
     ]
     return sorted({path.name for path in found if not path.name.startswith(".")})
 
 
-def _list_runs(grid: str) -> list[str]:
+def _list_runs(grid: str, root: Path) -> list[str]:
     recipes = {path.stem for path in (RECIPES_DIR / grid).glob("*.yaml")}
-    runs = {path.parent.name for path in (DEFAULT_OUTPUT_ROOT / grid).glob("*/recipe.json")}
+    runs = {path.parent.name for path in (root / grid).glob("*/recipe.json")}
     return sorted(recipes | runs)
 
 

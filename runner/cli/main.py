@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: bash's and zsh's global completion looks for this mark.
 """The command line: verbs, error printing, exit codes. Every verb imports what it needs when it is
 called.
 

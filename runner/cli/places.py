@@ -28,9 +28,8 @@ from runner.project_folder import (
     is_same_folder,
     say_pasteable,
 )
-from runner.run.paths import RunPaths, find_submission
+from runner.run.paths import DEFAULT_OUTPUT_ROOT, RunPaths, find_submission
 
-DEFAULT_OUTPUT_ROOT: Final = Path("runs")
 # These verbs need no project; paths that they write are relative to the user's folder.
 _WITHOUT_PROJECT: Final = ("init", "demo-models", "recipe")
 # Arguments that name recipes and runs; they identify the project.

@@ -16,7 +16,7 @@ from runner.cli.reading import (
     warn_of_unreadable,
 )
 from runner.cli.report_pages import require_page_targets, write_report_pages
-from runner.errors import RunnerError, escape_controls
+from runner.errors import escape_controls
 from runner.plan.read import ReadRun, read_runs
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import NOT_VERIFIABLE, is_verifiable, suggest_mending, verify_files
@@ -34,7 +34,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     has_pages = require_page_targets(arguments)
     from runner.report.build import build_report
     from runner.report.format import FORMATS
-    from runner.report.rows import build_rows, name_other_base_scores
+    from runner.report.rows import build_rows, name_other_base_scores, require_metrics
 
     unreadable: list[UnreadableRun] = []
     selected = select(arguments, arguments.paths, unreadable, prefer="both")
@@ -47,7 +47,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         build_rows(runs),
         [found for root in sorted(roots) for found in find_other_base_scores(root)],
     )
-    _require_metrics(arguments.metric, rows)
+    require_metrics(arguments.metric, rows)
     report = build_report(
         rows,
         metrics=arguments.metric,
@@ -101,17 +101,6 @@ def _verify(runs: Sequence[ReadRun]) -> list[ReadRun]:
             print(f"warning: {recipe.run.full_name} {NOT_VERIFIABLE}", file=sys.stderr)
         verified.append((recipe, facts, status))
     return verified
-
-
-def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:
-    from runner.report.row_scores import LIKELIHOODS
-    from runner.report.rows import list_metrics
-
-    known = [*LIKELIHOODS, *list_metrics(rows)]
-    if unknown := [name for name in names or () if name not in known]:
-        raise RunnerError(
-            f"no run has the metric {unknown[0]!r}", hint=f"the metrics are {', '.join(known)}"
-        )
 
 
 def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -> None:

@@ -35,6 +35,11 @@ def find_named(
     Raises:
         RunnerError: there is no such path or name, or several have that name.
     """
+    if not text:  # as of a shell variable that is not set; `Path("")` would be the whole project
+        raise RunnerError(
+            "an empty argument names no recipe, run or grid",
+            hint="`runner status` lists the runs; `.` names everything in the current folder",
+        )
     path = Path(text)
     found = [path] if os.path.exists(path) else []
     found = found or [Path(name) for name in sorted(glob.glob(text, recursive=True))]

@@ -405,5 +405,11 @@ def is_value(text: str, value: Any) -> bool:
 
 
 def label_value(value: object) -> str:
-    """An axis value as typed on a command line."""
+    """Returns an axis value as a user types it on a command line, and as YAML has it.
+
+    >>> label_value(True), label_value(None), label_value(1e-3)
+    ('true', 'null', '0.001')
+    """
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

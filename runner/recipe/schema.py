@@ -930,3 +930,5 @@ else:
             "SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset(TrainingBase.model_fields)
         ),
     )
+    # `pickle` finds a class by this name.
+    Lora.__qualname__, Training.__qualname__ = "Lora", "Training"

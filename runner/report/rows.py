@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from runner.errors import CorruptFileError, escape_controls
+from runner.errors import CorruptFileError, RunnerError, escape_controls
 from runner.files import hash_json, load_jsonl
 from runner.plan.status import RunStatus, State
 from runner.recipe.identity import build_digest_payload
@@ -321,6 +321,17 @@ def list_metrics(rows: Iterable[ReportRow]) -> list[str]:
             name for row in rows for score in row.answers.values() for name in score.metrics
         )
     )
+
+
+def require_metrics(names: Iterable[str] | None, rows: Iterable[ReportRow]) -> None:
+    """Raise RunnerError if no run has one of these metrics."""
+    from runner.report.row_scores import LIKELIHOODS
+
+    known = [*LIKELIHOODS, *list_metrics(rows)]
+    if unknown := [name for name in names or () if name not in known]:
+        raise RunnerError(
+            f"no run has the metric {unknown[0]!r}", hint=f"the metrics are {', '.join(known)}"
+        )
 
 
 def list_smaller_is_better(rows: Iterable[ReportRow]) -> list[str]:

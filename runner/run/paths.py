@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+DEFAULT_OUTPUT_ROOT: Final = Path("runs")
 STEP_PREFIX: Final = "step-"
 
 

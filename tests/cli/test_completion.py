@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from runner.cli.view_arguments import REPORT_FORMATS
+from runner.report.format import FORMATS
 from tests.conftest import ROOT
+from tests.support.scored_runs import scored_grid
 
 _ASK = """
 eval "$(register-python-argcomplete runner)"
@@ -73,6 +77,73 @@ def ask(line: str) -> list[str]:
 )
 def test_words_that_bash_offers(project: Path, line: str, offered: list[str]) -> None:
     assert ask(line) == offered
+
+
+def test_runs_of_another_output_root_are_offered(project: Path) -> None:
+    (project / "runs").rename(project / "notes/scratch")
+    assert ask("runner status --output-root notes/scratch gemma_l") == ["gemma_long"]
+    assert ask("runner status gemma_l") == []
+
+
+def test_a_damaged_run_hides_no_axis_of_the_others(project: Path) -> None:
+    shutil.rmtree(project / "recipes")
+    cells: dict[str, list[Any]] = {"model": ["gemma", "llama"], "tf32": [None, True]}
+    scored_grid(project / "runs", cells, lambda **_: 1.0)
+    (project / "runs/demo/gemma_None_s1/recipe.json").write_text("{")
+    assert ask("runner report demo --where mod") == ["model="]
+    assert ask("runner report runs/demo --where mod") == ["model="]
+    assert ask("runner report --where tf32=") == ["null", "true"]
+
+
+def test_completion_writes_nothing_and_prints_nothing_else(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(folder: Path) -> dict[str, int]:
+        return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+    empty = tmp_path_factory.mktemp("no_project")
+    for folder in (project, empty):
+        monkeypatch.chdir(folder)
+        before = look(folder)
+        for line in ("runner sweep demo --where lo", "runner status de", "runner recipe tr"):
+            shown = subprocess.run(
+                ["bash", "-c", _ASK, "bash", line], check=True, capture_output=True, text=True
+            )
+            assert shown.stderr == ""
+        assert look(folder) == before
+
+
+@pytest.mark.parametrize("line", ["runner report demo --form", "runner status recipes/"])
+def test_completion_imports_nothing_heavy(project: Path, line: str) -> None:
+    """A user waits for it after each Tab."""
+    environment = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    script = (
+        "import os, sys\n"
+        "sys.path.insert(0, os.environ['PYTHONPATH'])\n"
+        "leave = os._exit\n"
+        "heavy = {'torch', 'scipy', 'numpy', 'pydantic', 'omegaconf', 'matplotlib'}\n"
+        "os._exit = lambda code: (print(heavy & set(sys.modules), flush=True), leave(code))\n"
+        "os.dup2(os.open(os.devnull, os.O_WRONLY), 8), os.dup2(8, 9)\n"
+        "from runner.cli.main import main\n"
+        "main([])\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout == "set()\n"
+
+
+def test_global_completion_finds_the_mark() -> None:
+    """Argcomplete reads the first 1,024 bytes of the module of a console script."""
+    assert b"PYTHON_ARGCOMPLETE_OK" in (ROOT / "runner/cli/main.py").read_bytes()[:1024]
+
+
+def test_formats_of_the_parser_are_those_of_the_report() -> None:
+    assert list(FORMATS) == list(REPORT_FORMATS)
 
 
 def test_names_are_those_of_the_project_above(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import runner
 from tests.conftest import ROOT
 
 FILE = re.compile(r"\b(?:runner|tests|benchmarks|docs|data)/[\w/]+\.(?:py|md|yaml|sh|jsonl)\b")
@@ -22,8 +23,10 @@ HISTORY = ROOT / "CHANGELOG.md"  # names what was, too
 
 
 def find_module(name: str) -> bool:
-    """True if a dotted name is a module or something in one."""
+    """True if a dotted name is a module, something in one, or a public name of the package."""
     parts = name.split(".")
+    if parts[1] in runner.__all__:
+        return len(parts) == 2
     for end in range(len(parts), 1, -1):
         path = ROOT.joinpath(*parts[:end])
         if path.with_suffix(".py").is_file() or path.is_dir():
