@@ -281,8 +281,8 @@ def test_a_result_of_another_digest_is_no_success(
     failure = again.finish()
     assert failure is not None and failure.kind == "lost"
     status = read_status(read_facts(again.paths), *load_toy(fake)[:2])
-    assert status.state == "changed" and "the result is of another" in status.why
-    with pytest.raises(RefusedError, match="the result is of another"):
+    assert status.state == "changed" and "the result has another" in status.why
+    with pytest.raises(RefusedError, match="the result has another"):
         start(fake, started)
 
 
