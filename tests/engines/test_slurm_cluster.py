@@ -139,7 +139,7 @@ def test_a_queued_run_whose_recipe_has_changed_is_refused(
     capsys.readouterr()
     assert main(SWEEP) == 1
     output = capsys.readouterr().out
-    assert f"refuse  toy/a  queued with another recipe; `scancel {array}_0` first" in output
+    assert f"refuse  toy/a  queued with another recipe; run `scancel {array}_0` first" in output
     assert "training.max_steps: 2 -> 3" in output
     slurm.run("scontrol", "release", array)  # what was submitted is what is executed
     wait_until_done(slurm)
