@@ -41,7 +41,7 @@ def test_a_run_prepared_under_other_rules_or_changed_by_hand_is_not_trained(
     assert "`runner launch`" in str(refused.value)
     content["recipe"]["training"]["learning_rate"] = 1.0
     paths.recipe_path.write_text(json.dumps(content))
-    with pytest.raises(RefusedError, match="and no key differs: recipe"):
+    with pytest.raises(RefusedError, match="but no key differs: recipe"):
         open_run()
 
 
