@@ -1,7 +1,8 @@
 """Shell completion by argcomplete: verbs, options, paths, names of grids and runs, axes and their
 values, and keys of recipes.
 
-The shell starts `runner` with `_ARGCOMPLETE` set; completions go to a descriptor of its own.
+The shell starts `runner` with `_ARGCOMPLETE` set, and reads the completions from a
+separate descriptor.
 """
 
 from __future__ import annotations

@@ -116,7 +116,10 @@ def test_a_usage_error_is_2(
             ["launch", "recipes/toy/a.yaml", "data.train.path=none.jsonl"],
             "data.train.path: none.jsonl",
         ),
-        (["launch", "recipes/toy/a.yaml", "--num-processes", "3"], "cannot be made of 3 processes"),
+        (
+            ["launch", "recipes/toy/a.yaml", "--num-processes", "3"],
+            "is not divisible by 3 processes",
+        ),
         (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl has "),
         (["report", "nowhere"], "'nowhere' names no recipe"),
     ],
@@ -268,7 +271,7 @@ def test_what_to_resume_from_is_recorded_for_the_trainer(
     assert main(["launch", "recipes/toy/a.yaml", "--resume", "best"]) == 0
     assert "--fresh" in capsys.readouterr().out, "a completed run is skipped, with a word about it"
     assert main(["launch", "recipes/toy/a.yaml", "--resume", "step-8"]) == 2
-    assert "there is no such folder or archive" in capsys.readouterr().err
+    assert "does not exist; expected a folder or an archive" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_traceback(fake: FakeLauncher) -> None:
