@@ -93,7 +93,7 @@ def test_a_usage_error_is_2(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sweep", "recipes/tox"], "'recipes/tox' names no recipe"),
+        (["sweep", "recipes/tox"], "no recipe, run or grid is named 'recipes/tox'"),
         (["sweep", "recipes/toy", "--where", "size=9"], "the axis 'size' has no value '9'"),
         (["launch", "recipes/toy"], "recipes/toy is a folder\n\nhint: runner sweep recipes/toy"),
         (
@@ -121,7 +121,7 @@ def test_a_usage_error_is_2(
             "is not divisible by 3 processes",
         ),
         (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl has "),
-        (["report", "nowhere"], "'nowhere' names no recipe"),
+        (["report", "nowhere"], "no recipe, run or grid is named 'nowhere'"),
     ],
 )
 def test_an_error_of_the_user_is_2_and_words(

@@ -120,7 +120,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
                 "runs/toy/b",
             ],
         ),
-        (["recipes/other"], ["names no recipe"]),
+        (["recipes/other"], ["no recipe, run or grid is named"]),
     ],
 )
 def test_what_cannot_be_printed_is_told(
