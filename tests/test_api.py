@@ -176,7 +176,7 @@ def test_recipe_files_have_the_status_of_today(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"paths": "nothing"}, "names no recipe, run or grid"),
+        ({"paths": "nothing"}, "no recipe, run or grid is named"),
         ({"paths": "demo", "where": {"loss": "fll"}}, "the axis 'loss' has no value 'fll'"),
         ({"paths": "demo", "where": {"los": "full"}}, "has the axis 'los'"),
     ],

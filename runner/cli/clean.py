@@ -24,7 +24,7 @@ def run_clean(arguments: argparse.Namespace) -> int:
     if not root.is_dir():
         nowhere = describe_no_project()
         raise RefusedError(
-            f"there is no folder {root}" + (f"; {nowhere}" if nowhere else ""),
+            f"the folder {root} does not exist" + (f"; {nowhere}" if nowhere else ""),
             hint="name the folder of the runs with `--output-root`",
         )
     found = {

@@ -401,7 +401,7 @@ def _find_run_dir(arguments: argparse.Namespace) -> Path:
     run_dir = run_paths(load_recipe(path), arguments.output_root).run_dir
     if not run_dir.exists():
         raise RunnerError(
-            f"{path} has no run yet: there is no {run_dir}",
+            f"{path} has no run yet: {run_dir} does not exist",
             hint=f"runner launch {shlex.quote(str(path))}",
         )
     return run_dir

@@ -149,7 +149,7 @@ def _find_why_not(facts: RunFacts, status: RunStatus, row: ReportRow) -> NotRead
     """The state of a run that is not completed, with the reason."""
     name, run_dir = row.recipe.run.full_name, facts.paths.run_dir
     if not run_dir.exists():
-        return NotRead(name, "absent", f"there is no {run_dir}")
+        return NotRead(name, "absent", f"{run_dir} does not exist")
     why = status.why.partition("\n")[0]
     if status.state != row.state:  # a file is damaged that does not decide the state
         try:

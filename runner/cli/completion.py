@@ -1,8 +1,8 @@
 """Shell completion by argcomplete: verbs, options, paths, names of grids and runs, axes and their
 values, and keys of recipes.
 
-The shell starts `runner` with `_ARGCOMPLETE` set; completions go to a descriptor of its own. Every
-Tab starts a process, so nothing heavy is imported before it is needed.
+The shell starts `runner` with `_ARGCOMPLETE` set, and reads the completions from a separate
+descriptor. Every Tab starts a process, so nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations

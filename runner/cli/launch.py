@@ -355,7 +355,7 @@ def _load_one(path: Path, arguments: argparse.Namespace) -> Selected:
 def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedError:
     if status.state == "changed":
         return RefusedError(
-            f"{paths.run_dir} holds another experiment, {describe_change(status.differences)}:\n"
+            f"{paths.run_dir} holds another experiment; {describe_change(status.differences)}:\n"
             + "\n".join(f"  {line}" for line in status.differences),
             hint=f"{same_launch} --fresh  # moves the old run aside and starts from step 0",
         )
@@ -397,7 +397,7 @@ def _parse_resume(text: str) -> str:
         return text
     if not Path(text).exists():
         raise RunnerError(
-            f"`--resume {text}`: there is no such folder or archive",
+            f"`--resume {text}` does not exist; expected a folder or an archive",
             hint="use --resume with auto, latest, best, a path or a URL",
         )
     return str(Path(text).absolute())

@@ -84,9 +84,9 @@ def _refuse_unknown(query: str) -> RunnerError:
 
     near = suggest_key(query)
     if near is None:
-        return RunnerError(f"{query!r} is no key of a recipe", hint="runner recipe  # lists all")
+        return RunnerError(f"{query!r} is not a recipe key", hint="runner recipe  # lists all")
     return RunnerError(
-        f"{query!r} is no key of a recipe, did you mean `{near}`?", hint=f"runner recipe {near}"
+        f"{query!r} is not a recipe key, did you mean `{near}`?", hint=f"runner recipe {near}"
     )
 
 
@@ -94,7 +94,7 @@ def _write_schema(path: Path, key: str | None) -> int:
     """Write the schema of a whole recipe to a file or to stdout.
 
     Raises:
-        RunnerError: a key was named too, or the file is no JSON Schema and would be lost.
+        RunnerError: a key was named too, or the file is not a JSON Schema and would be lost.
     """
     from runner.files import write_bytes_atomic
     from runner.recipe.json_schema import build_schema
@@ -118,7 +118,7 @@ def _write_schema(path: Path, key: str | None) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raise RunnerError if a file that is no JSON Schema would be replaced, such as a recipe."""
+    """Raise RunnerError if a file that is not a JSON Schema would be replaced, such as a recipe."""
     from runner.files import load_json
 
     if not path.exists():
@@ -129,6 +129,6 @@ def _check_replaceable(path: Path) -> None:
         content = None
     if not isinstance(content, dict) or "$schema" not in content:
         raise RunnerError(
-            f"{path} exists and is no JSON Schema, so it is not replaced",
+            f"{path} exists and is not a JSON Schema, so it is not replaced",
             hint="runner recipe --json-schema recipe.schema.json",
         )

@@ -272,7 +272,7 @@ def _start_anew(
     of those that cannot be moved.
 
     Raises:
-        RefusedError: nobody confirmed.
+        RefusedError: the user did not confirm.
     """
     num_refused = 0
     movable: list[ChangedRun] = []

@@ -191,7 +191,7 @@ def _refuse_occupied(target: Path) -> None:
     names = sorted(path.name for path in target.iterdir())
     if names:
         raise RefusedError(
-            f"{target} is not empty, so nothing was written; in the way: {_shorten(names)}",
+            f"{target} is not empty, so nothing was written; it contains {_shorten(names)}",
             hint="name a folder that is empty or does not exist yet",
         )
 

@@ -84,7 +84,7 @@ def _hash(body: str) -> str:
 @dataclass(frozen=True)
 class _Parts:
     """A recipe file: the grid and the checksum in its first line, and the rest as `body`. If the
-    first line is no header, `body` is the whole text.
+    first line is not a header, `body` is the whole text.
     """
 
     grid: str | None
@@ -118,7 +118,7 @@ def word_edited(paths: Sequence[Path]) -> str | None:
     more = len(edited) - _MAX_SHOWN_DIFFS
     return (
         f"edited after rendering: {shown}{f' and {more} more' if more > 0 else ''}; `runner render`"
-        " refuses to overwrite edits: make the change in the template"
+        " does not overwrite edits, so make the change in the template"
     )
 
 

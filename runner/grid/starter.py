@@ -391,7 +391,7 @@ def _find_card(
                 return name, {key: card[key] for key in _CARD_KEYS}
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
             raise RunnerError(
-                f"`--model {model}`: there is no such folder,"
+                f"`--model {model}` does not exist,"
                 " and it is not a hub id like google/gemma-2-2b-it",
                 hint=f"name a folder, a hub id, or one of the stock cards {', '.join(stock)}",
             )

@@ -104,7 +104,7 @@ def print_stop(result: PoolResult, again: str) -> None:
         print(f"stopped by {name}", file=sys.stderr)
         return
     text = "\n".join([f"stopped by {name}, not done:", *(f"  {one}" for one in lines)])
-    print(f"{text}\n{again} continues", file=sys.stderr)
+    print(f"{text}\n{again} continues from here", file=sys.stderr)
 
 
 def _describe_resume(run: Launch) -> str:

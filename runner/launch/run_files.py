@@ -63,7 +63,7 @@ def prepare_run(
     if differences:
         shown = "\n".join(f"  {line}" for line in differences)
         raise RefusedError(
-            f"{paths.run_dir} holds another experiment, {describe_change(differences)}:\n{shown}",
+            f"{paths.run_dir} holds another experiment; {describe_change(differences)}:\n{shown}",
             hint=(
                 "change the recipe back, rename the new one, or move the old run aside"
                 " with `runner launch RECIPE --fresh`"

@@ -1,5 +1,5 @@
-"""Watches a running attempt: one that hangs is continued if it was stopped, asked for the stacks of
-its ranks, and killed.
+"""Watches a running attempt: a suspended one is continued. For one that hangs, the stacks of
+its ranks are requested, then it is killed.
 
 A sign of life is any change of the attempt's `progress.json`, which the trainer writes or touches
 as part of its work. Signals reach only the processes on this machine; on other machines the ranks

@@ -112,7 +112,7 @@ class Worker:
     key: WorkerKey
     popen: subprocess.Popen[bytes]  # `accelerate launch`, the leader of their session
     control: socket.socket
-    output: BinaryIO  # output of both processes; nobody else can open it
+    output: BinaryIO  # output of both processes; no other process can open it
     versions: Mapping[str, str]  # of the libraries, as they were before it was started
     sources: Mapping[Path, FileState | None]
     is_worn: bool = False  # the worker itself reports that it should be replaced

@@ -58,7 +58,7 @@ def find_named(
         return _choose(meanings[0], prefer)
     if found:
         return found
-    what = f"{text!r} names no recipe, run or grid"
+    what = f"no recipe, run or grid is named {text!r}"
     is_nothing_here = not RECIPES_DIR.is_dir() and not output_root.is_dir()
     if is_nothing_here and (nowhere := describe_no_project()) is not None:
         what += f"; {nowhere}"

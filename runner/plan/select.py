@@ -240,8 +240,8 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
         if not files:
             is_unrendered = any(map(is_project, named))
             raise RunnerError(
-                f"{argument!r} names no recipe: that folder has neither recipes nor run directories"
-                " (folders with a recipe.json)",
+                f"no recipe, run or grid is named {argument!r}: that folder has neither recipes nor"
+                " run directories (folders with a recipe.json)",
                 hint=(
                     "runner render"
                     if is_unrendered

@@ -83,8 +83,8 @@ class RunStatus(Fact):
         """Further notes for the user; empty if there are none."""
         inputs = {
             "inputs missing": self.inputs_missing,
-            "inputs touched since (not verified)": self.inputs_touched,
-            "inputs never read here (not verified)": self.inputs_unread,
+            "inputs not verified (touched since)": self.inputs_touched,
+            "inputs not verified (not read here yet)": self.inputs_unread,
         }
         notes = [f"{what}: {', '.join(paths)}" for what, paths in inputs.items() if paths]
         notes += ["model removed"] if self.is_model_removed else []
@@ -388,8 +388,8 @@ def suggest_mending(damage: Mapping[str, str]) -> str:
     anew = "`runner launch RECIPE --fresh` moves the run aside and starts from step 0"
     if all(map(is_of_model, damage)):
         return (
-            "`runner launch RECIPE --repair` writes model/ again from the best checkpoint;"
-            f" without that checkpoint, {anew}"
+            "`runner launch RECIPE --repair` rewrites model/ from the best checkpoint;"
+            f" if that checkpoint is lost, {anew}"
         )
     return f"restore the files from a copy of the run; without a copy, {anew}"
 

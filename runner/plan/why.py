@@ -55,7 +55,7 @@ RULES: Final[Mapping[State, str]] = {
     "running": "a process holds `lease`, on this or another machine",
     "changed": "the digest in `recipe.json` differs from that of the current recipe and its files",
     "damaged": (
-        "`result.json` of a run that an attempt completed, or a file that it lists, is missing or"
+        "an attempt completed the run, but `result.json` or a file that it lists is missing or"
         " differs from its record"
     ),
     "completed": "`result.json` exists and has the digest in `recipe.json`",
@@ -76,7 +76,7 @@ class Explanation:
     num_processes: int  # of the launch being considered
     status: RunStatus
     decisions: dict[str, Decision]  # by verb
-    missing: dict[str, str]  # dotted key -> path that is not there
+    missing: dict[str, str]  # dotted key -> path that does not exist
     impossible: str | None  # why this number of processes cannot keep the global batch
     holders: dict[int, str]  # processes that have the lease open, if it is held
     stop: str | None  # the request to the running attempt
@@ -129,7 +129,7 @@ class Evidence:
 
     contents: Mapping[str, str]  # path -> SHA-256, of the paths that the recipe names
     named: tuple[str, ...]  # paths of all contents, also of those that cannot be read
-    missing: dict[str, str]  # dotted key -> path that is not there
+    missing: dict[str, str]  # dotted key -> path that does not exist
     inventory: Inventory | CorruptFileError | OSError  # or why it cannot be read
     holders: dict[int, str]  # processes that have the lease open, if it is held
     log_tail: tuple[str, ...]  # of the last attempt's log
@@ -313,7 +313,7 @@ def _decide_all(
     if by_sizes.state == status.state:
         return decisions
     return {
-        verb: replace(decision, why=f"{decision.why} (it checks file sizes only)")
+        verb: replace(decision, why=f"{decision.why} (only file sizes are checked)")
         for verb, decision in decisions.items()
     }
 
@@ -340,7 +340,7 @@ def _describe_files(
     if not status.is_model_removed:
         return found
     if no_repair is None:
-        return f"{found}; model removed: `runner launch RECIPE --repair` writes it again"
+        return f"{found}; model removed: `runner launch RECIPE --repair` restores it"
     lines = [f"{found}; model removed", no_repair.message, *filter(None, [no_repair.hint])]
     return "\n".join(lines)
 
@@ -460,7 +460,7 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
         return []
     started = (
         f"{attempt.number}, started {attempt.started} {attempt.started_at_utc} on {attempt.host},"
-        f" {attempt.num_processes} process(es)"
+        f" processes: {attempt.num_processes}"
     )
     if attempt.retry:
         started += f", automatic retry {attempt.retry}"

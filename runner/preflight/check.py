@@ -244,7 +244,7 @@ def _describe_schedule(run: CheckedRun) -> str:
     if schedule.last_batch_rows < schedule.global_batch_size:
         weight = schedule.global_batch_size / schedule.last_batch_rows
         last = (
-            f", the last of {schedule.last_batch_rows} rows, each of which weighs {weight:.3g}"
+            f", the last of {schedule.last_batch_rows} rows, each of which counts {weight:.3g}"
             " times as much"
         )
     return (

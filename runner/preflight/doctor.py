@@ -298,7 +298,7 @@ def _need_devices(recipe: Recipe, machine: Machine) -> Iterator[Need]:
     wanted = derive_resources(recipe)
     if wanted.num_machines > 1 and machine.slurm is None:
         yield (
-            f"{wanted.num_machines} machines are needed, and there is no Slurm to allocate them",
+            f"{wanted.num_machines} machines are needed, but there is no Slurm to allocate them",
             "runner launch RECIPE --prepare  # writes the command for each machine",
         )
     devices = machine.libraries.devices
@@ -393,12 +393,12 @@ def _need_deepspeed(recipe: Recipe, machine: Machine) -> Iterator[Need]:
         return  # nothing is compiled
     purpose = "its collectives on the CPU" if on_cpu else "its optimizer in CPU memory"
     if machine.compiler is None:
-        yield f"DeepSpeed compiles {purpose}, and there is no C++ compiler", "apt-get install g++"
+        yield f"DeepSpeed compiles {purpose}, but there is no C++ compiler", "apt-get install g++"
     if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
-        yield f"DeepSpeed compiles {purpose}, and there is no ninja", "pip install ninja"
+        yield f"DeepSpeed compiles {purpose}, but there is no ninja", "pip install ninja"
     if offloads and machine.libraries.devices and machine.cuda_home is None:
         yield (
-            f"DeepSpeed compiles {purpose}, and there is no CUDA toolkit",
+            f"DeepSpeed compiles {purpose}, but there is no CUDA toolkit",
             "install the toolkit of CUDA"
             f" {machine.libraries.cuda} and set CUDA_HOME, or train without offload:"
             " launch.accelerate_config=accelerate_configs/zero3.yaml",

@@ -341,11 +341,11 @@ def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Ite
         legend = [f"{_SHADES[state][0]}{state}{_RESET}" for state in ("trained", "seen", "cut")]
         yield (
             f"{legend[0]} tokens have a loss, {legend[1]} ones are context,"
-            f" {legend[2]} ones are not seen; ⏎ newline"
+            f" {legend[2]} ones never reach the model; ⏎ newline"
         )
     else:
         yield (
-            "⟦trained⟧ tokens have a loss, others are context, ⟨cut: ...⟩ is not seen;"
+            "⟦trained⟧ tokens have a loss, others are context, ⟨cut: ...⟩ never reaches the model;"
             " ⏎ newline, ⇥ tab"
         )
     for view in views:

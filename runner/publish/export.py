@@ -141,7 +141,7 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
     )
     write_text_atomic(target_dir / "README.md", card)
     verify_export(target_dir, {})
-    print(f"loading {target_dir.name} again", file=sys.stderr, flush=True)
+    print(f"reloading {target_dir.name}", file=sys.stderr, flush=True)
     found = probe_logits(load_plainly(target_dir, recipe, is_adapter=is_adapter), tokenizer)
     return compare_logits(found, expected, recipe.model.dtype)
 

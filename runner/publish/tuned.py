@@ -94,7 +94,7 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
                 f"{paths.model_dir} was removed",
                 hint=(
                     "`--checkpoint best` uses the best checkpoint, from which"
-                    " `runner launch RECIPE --repair` writes it again"
+                    " `runner launch RECIPE --repair` restores it"
                 ),
             )
         if not is_verifiable(facts):

@@ -136,7 +136,7 @@ def _sum_up(name: str, digest: str, values: str) -> str:
 
 def _describe_maker(output_root: Path) -> str:
     """A hash of everything that determines the values of a text: the code that reads it, by version
-    and by content. It also depends on the output root, so a copy from somebody else is not used.
+    and by content. It also depends on the output root, so another user's copy is not used.
     """
     sources = hash_sources(Path(runner.__file__).parent, ("recipe",))
     libraries = [

@@ -331,7 +331,7 @@ def _require_files(recipe: Recipe) -> None:
     """Refuse missing files, and data sources that do not say which files they mean."""
     if missing := list_missing_files(recipe):
         raise DataError(
-            f"recipe {recipe.run.name} names files that are not there:\n"
+            f"recipe {recipe.run.name} names files that do not exist:\n"
             + "\n".join(f"  {key}: {path}" for key, path in missing.items()),
             hint=hint_at_missing(missing.values()),
         )

@@ -178,7 +178,7 @@ class DataSection(Section):
         default="all",
         description=(
             "The assistant turns of a conversation that are completions, for training and scores."
-            " all: all of them. last: the last one. split: each in a row of its own."
+            " all: all of them. last: the last one. split: one row for each."
         ),
     )
     max_length: Positive = Field(

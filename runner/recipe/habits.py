@@ -289,7 +289,7 @@ class Answer:
     is_refused: bool = False  # the name is known, but not its value
 
     def describe(self, *, is_override: bool) -> str:
-        """The end of a sentence about a name that is no key, in an override or in a file."""
+        """The end of a sentence about a name that is not a key, in an override or in a file."""
         if not self.overrides:
             return f": {self.sentence}"
         if is_override:

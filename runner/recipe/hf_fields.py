@@ -113,7 +113,7 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(
         ("packing", "packing_strategy", "padding_free", "eval_packing"),
-        "the runner, which packs no rows: each is a sequence of its own",
+        "the runner, which packs no rows: each row is its own sequence",
     ),
     **dict.fromkeys(
         ("ignore_data_skip", "restore_callback_states_from_checkpoint", "logging_nan_inf_filter"),
@@ -128,7 +128,7 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
         "`training.gradient_checkpointing` and its kwargs",
     ),
     "auto_find_batch_size": (
-        "`training.per_device_train_batch_size`: a batch that shrinks by itself changes the run"
+        "`training.per_device_train_batch_size`: a batch that shrinks automatically changes the run"
     ),
     "average_tokens_across_devices": (
         "the runner: the loss is always averaged over the tokens of the global batch"
@@ -195,7 +195,7 @@ REFUSED_VALUES: Final[dict[str, dict[str, str]]] = {
 _OPTIM_ARGS: Final = re.compile(r"\s*[A-Za-z_]\w*\s*=[^,=]+(,\s*[A-Za-z_]\w*\s*=[^,=]+)*")
 
 
-# Values for `runner recipe KEY`, if the default is no good example.
+# Values for `runner recipe KEY`, if the default is not a good example.
 _EXAMPLES: Final[dict[str, Any]] = {
     "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",

@@ -53,7 +53,7 @@ class Key:
     goes_with: str | None = None  # `key: value` of the section's kind
     passed_to: str | None = None  # the library's config that gets the value
     example: Any = None  # a value
-    example_keys: Mapping[str, Any] = field(default_factory=dict)  # path -> value, beside it
+    example_keys: Mapping[str, Any] = field(default_factory=dict)  # path -> value, next to it
 
     @property
     def default_text(self) -> str:
@@ -318,7 +318,7 @@ _BOUNDS: Final = (
 
 
 def _name_type(schema: Node, node: Node) -> str:
-    """Return the type in words.
+    """Return a description of the type.
 
     >>> _name_type({}, {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]})
     'integer > 0 or null'
@@ -508,7 +508,7 @@ def _find_owned(query: str) -> OwnedKey | None:
 
 
 def _find_foreign(query: str) -> Found | None:
-    """Return the keys for another trainer's name, or a note about it; None if nobody knows it."""
+    """Return the keys for another trainer's name, or a note about it; None if it is unknown."""
     said = f"`{query}`"
     answer = find_answer(query, None, Recipe)
     if answer is not None and answer.is_refused:  # the key depends on the value
@@ -518,7 +518,7 @@ def _find_foreign(query: str) -> Found | None:
     if answer is None:
         return None
     if not answer.overrides:
-        return Found(note=f"{said} is no key here: {answer.sentence}")
+        return Found(note=f"{said} is not a key here: {answer.sentence}")
     paths = [one.partition("=")[0] for one in answer.overrides]
     keys = [key for key in list_all_keys() if key.path in paths]
     ours = ", ".join(f"`{one.replace('=', ': ', 1)}`" for one in answer.overrides)

@@ -252,11 +252,11 @@ def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) ->
     accumulation, rest = divmod(recipe.global_batch_size, per_pass)
     if rest:
         raise RefusedError(
-            f"a global batch of {recipe.global_batch_size} cannot be made of {num_processes}"
+            f"a global batch of {recipe.global_batch_size} is not divisible by {num_processes}"
             f" processes x {recipe.training.per_device_train_batch_size} sequences each",
             hint=(
-                "choose a `training.per_device_train_batch_size` whose product with the number of"
-                " processes divides the global batch"
+                "choose a number of processes and a `training.per_device_train_batch_size` whose"
+                " product divides the global batch"
             ),
         )
     return accumulation

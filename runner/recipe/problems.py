@@ -443,7 +443,7 @@ def _find_answer(
     name: str, *, detail: ErrorDetails, model: type[BaseModel], typed: str | None, fit: Fit
 ) -> tuple[Answer | None, bool]:
     """The answer for a name that other trainers use, and True if it came from an override. The
-    answer is None if the name is unknown or the file is no recipe.
+    answer is None if the name is unknown or the file is not a recipe.
     """
     if not {"training", "data"} <= model.model_fields.keys():
         return None, False

@@ -883,7 +883,7 @@ class TrackingSection(Section):
             )
         if not HUB_REPOSITORY.fullmatch(self.hub_model_id):
             raise ValueError(
-                f"`hub_model_id: {self.hub_model_id}` is no repository on the hub: expected"
+                f"`hub_model_id: {self.hub_model_id}` is not a repository on the hub: expected"
                 " OWNER/NAME, each of at most 96 letters, digits and . _ - that begins and ends"
                 " with a letter, a digit or _, without `--`, `..` and `.git` at the end"
             )

@@ -233,7 +233,9 @@ def flag_other_tokens(metric: Metric, arms: Arms) -> str:
             by_tokens.setdefault(read, run.model_name)
     if len(by_tokens) < 2:
         return ""
-    return f"tokens of {_join(list(by_tokens.values()))} are different pieces of text"
+    return (
+        f"{_join(list(by_tokens.values()))} use different tokens: the mean combines different units"
+    )
 
 
 def questions_the_axis(flag: str) -> bool:
@@ -343,7 +345,7 @@ def _flag_not_converged(arms: Arms) -> str:
     if not any(run.is_best_at_end for runs in arms.sides for run in runs):
         return ""
     counts = _count_in_arms(arms, lambda run: bool(run.is_best_at_end))
-    return f"not converged: the best step is the last one in {counts}"
+    return f"perhaps not converged: the best step is the last one in {counts}"
 
 
 def _count_in_arms(arms: Arms, is_so: Callable[[ReportRow], bool]) -> str:

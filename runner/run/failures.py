@@ -98,7 +98,7 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
         re.compile(r"loss scale already at minimum|returned nan values in its"),
     ),
     (
-        "configuration",  # NCCL's misuse; the hub and Transformers about names that are not there
+        "configuration",  # NCCL's misuse; the hub and Transformers about names that do not exist
         re.compile(
             r"ncclInvalidUsage|ncclInvalidArgument|Duplicate GPU detected"
             r"|is not a valid model identifier"

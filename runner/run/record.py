@@ -173,7 +173,7 @@ class BaseSource(Fact):
     key: Shown | None = None  # of the entry
     producer: BaseProducer | None = None  # of the scores that were found, used or not
     is_kept: bool = False  # for other runs
-    why: Shown | None = None  # why they were neither taken from another run nor kept
+    why: Shown | None = None  # why they were neither reused from another run nor kept
 
     def describe(self) -> str:
         """For people: the log and `runner why`.
@@ -184,7 +184,7 @@ class BaseSource(Fact):
         if self.source == "shared" and self.producer is not None:
             return (
                 f"computed by {self.producer.run}, attempt {self.producer.attempt};"
-                " rows that were scored again here agree"
+                " rows scored again here agree"
             )
         return "computed here and kept for others" if self.is_kept else f"computed here: {self.why}"
 
@@ -301,7 +301,7 @@ def is_silent_phase(phase: str) -> bool:
 def describe_phase(
     phase: str, began_at_utc: str | None, at_utc: str, silent_seconds: float | None = None
 ) -> str:
-    """A phase in words, with its duration; the training phase has steps instead.
+    """A description of a phase, with its duration; the training phase has steps instead.
 
     If a sign of life is overdue, the `silent_seconds` since the last one are shown instead.
 

@@ -89,7 +89,7 @@ def find_run(selected: list[Selected]) -> Selected:
     if len(shown) > _MAX_LISTED:
         shown[_MAX_LISTED:] = [f"... and {len(shown) - _MAX_LISTED} more"]
     raise RunnerError(
-        f"these are {len(selected)} runs, {len(running) or 'none'} of them running: name one",
+        f"{len(selected)} runs match and {len(running) or 'none'} of them are running; name one",
         hint="\n      ".join(shown),
     )
 

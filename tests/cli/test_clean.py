@@ -64,7 +64,7 @@ def test_a_folder_that_is_not_there_is_named(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["clean", "--output-root", f"{root}s"]) == 2
-    assert f"there is no folder {root}s" in capsys.readouterr().err
+    assert f"the folder {root}s does not exist" in capsys.readouterr().err
 
 
 def test_nothing_goes_where_nobody_can_be_asked(

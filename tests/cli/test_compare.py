@@ -161,12 +161,12 @@ def test_json_of_two_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["loss=full", "loss=completion"], "no grid is named", "--grid GRID"),
         (
             ["loss=full", "loss=completion", "--grid", "dem"],
-            "'dem' names no recipe, run or grid",
+            "no recipe, run or grid is named 'dem'",
             "did you mean demo?",
         ),
         (["loss=full", "loss=none", "--grid", "demo"], "no value 'none'", "completion, full"),
         (["size=1", "size=2", "--grid", "demo"], "axis 'size'", "the axes are loss, seed"),
-        (["full_s1", "full_s9"], "'full_s9' names no recipe, run or grid", "runner status"),
+        (["full_s1", "full_s9"], "no recipe, run or grid is named 'full_s9'", "runner status"),
         (["full_s1", "full_s1"], "share demo/full_s1", "two different runs"),
         (["runs/demo", "full_s1"], "names 6 runs, expected one", "axis=value"),
         (["full_s1", "completion_s1", "--axis", "size"], "no axis 'size'", "axes are loss, seed"),
@@ -228,7 +228,7 @@ def test_recipes_that_have_not_run_are_compared_by_their_keys(
     assert main(["compare", "new/a", "recipes/new/b.yaml", "--axis", "loss"]) == 1
     shown = capsys.readouterr().out
     assert "Every difference in the recipes (nothing else was read) is explained by" in shown
-    assert "new/a is absent (there is no runs/new/a)" in shown
+    assert "new/a is absent (runs/new/a does not exist)" in shown
     assert "certifies 0 pairs of 1: it compares recipes" in shown
     assert "demo" not in shown and "## Differences" not in shown and "test rows" in shown
 
@@ -287,7 +287,7 @@ def test_an_absent_run_is_named(project: Path, capsys: pytest.CaptureFixture[str
     run_dir = Path("runs/demo/completion_s2")
     path = _write_recipe_of(run_dir)
     shutil.rmtree(run_dir)
-    what = f"demo/completion_s2 is absent (there is no {run_dir}): none of its facts were read"
+    what = f"demo/completion_s2 is absent ({run_dir} does not exist): none of its facts were read"
     for arms in (["full_s2", "completion_s2"], ["full_s2", str(path)]):
         assert main(["compare", *arms]) == 1
         assert what in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_other_bytes_are_seen_by_what_reads_them(say: Say, name: str, damage: st
     assert read_states(say)["hurt"] == "completed", "sizes are all that it looks at"
     code, output, _ = say("why", "recipes/hurt.yaml")
     assert f"state       damaged: {name} does not match its recorded checksum" in output
-    skipped = "skip: completed: stopped by max_steps (it checks file sizes only)"
+    skipped = "skip: completed: stopped by max_steps (only file sizes are checked)"
     for verb in ("next", "sweep", "rerun", "launch"):
         assert f"  {verb:<11} {skipped}\n" in output
     for verb in ("sweep", "rerun", "launch"):

@@ -93,7 +93,7 @@ def test_a_usage_error_is_2(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sweep", "recipes/tox"], "'recipes/tox' names no recipe"),
+        (["sweep", "recipes/tox"], "no recipe, run or grid is named 'recipes/tox'"),
         (["sweep", "recipes/toy", "--where", "size=9"], "the axis 'size' has no value '9'"),
         (["launch", "recipes/toy"], "recipes/toy is a folder\n\nhint: runner sweep recipes/toy"),
         (
@@ -116,9 +116,12 @@ def test_a_usage_error_is_2(
             ["launch", "recipes/toy/a.yaml", "data.train.path=none.jsonl"],
             "data.train.path: none.jsonl",
         ),
-        (["launch", "recipes/toy/a.yaml", "--num-processes", "3"], "cannot be made of 3 processes"),
+        (
+            ["launch", "recipes/toy/a.yaml", "--num-processes", "3"],
+            "is not divisible by 3 processes",
+        ),
         (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl has "),
-        (["report", "nowhere"], "'nowhere' names no recipe"),
+        (["report", "nowhere"], "no recipe, run or grid is named 'nowhere'"),
     ],
 )
 def test_an_error_of_the_user_is_2_and_words(
@@ -268,7 +271,7 @@ def test_what_to_resume_from_is_recorded_for_the_trainer(
     assert main(["launch", "recipes/toy/a.yaml", "--resume", "best"]) == 0
     assert "--fresh" in capsys.readouterr().out, "a completed run is skipped, with a word about it"
     assert main(["launch", "recipes/toy/a.yaml", "--resume", "step-8"]) == 2
-    assert "there is no such folder or archive" in capsys.readouterr().err
+    assert "does not exist; expected a folder or an archive" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_traceback(fake: FakeLauncher) -> None:

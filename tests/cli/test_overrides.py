@@ -155,8 +155,8 @@ def test_a_rerun_can_be_previewed(fake: FakeLauncher, capsys: pytest.CaptureFixt
         (["launch", "runs/toy/a"], "hint: runner launch recipes/toy/a.yaml"),
         (["launch", "toy/gone"], "hint: runner sweep runs/toy/gone  # uses the recipe that"),
         (["launch", "toy"], "recipes/toy is a folder\n\nhint: runner sweep recipes/toy"),
-        (["launch", "nothing"], "'nothing' names no recipe, run or grid"),
-        (["chat", "new"], "recipes/toy/new.yaml has no run yet: there is no runs/toy/new"),
+        (["launch", "nothing"], "no recipe, run or grid is named 'nothing'"),
+        (["chat", "new"], "recipes/toy/new.yaml has no run yet: runs/toy/new does not exist"),
         (["export", "new", "--output", "x"], "hint: runner launch recipes/toy/new.yaml"),
     ],
 )
@@ -286,7 +286,7 @@ LONG = "x" * 300
     [
         (["sweep", "toy", f"data.train.path={LONG}"], "file name too long"),
         (["check", "toy", "--system_prompt", LONG], "unrecognized arguments"),
-        (["sweep", LONG], "names no recipe, run or grid"),
+        (["sweep", LONG], "no recipe, run or grid is named"),
         (["sweep", "toy", "learning-rate=1e-4"], "hint: training.learning_rate=1e-4\n"),
         (
             ["sweep", "toy", "eval_strategy=no"],

@@ -95,7 +95,7 @@ def test_what_is_no_path_here_is_one_of_the_project(
     # What is a path here is that one, whatever the project has.
     (study.root / "sub" / "recipes" / "toy").mkdir(parents=True)
     code, _, err = said("status", "recipes/toy")
-    assert code == 2 and "'sub/recipes/toy' names no recipe" in err
+    assert code == 2 and "no recipe, run or grid is named 'sub/recipes/toy'" in err
 
 
 def test_rows_are_those_of_the_project(

@@ -212,7 +212,7 @@ def test_a_preview_says_what_the_run_does(
         assert dry_launch.errors == launch.errors
     if action == "error":
         assert dry_sweep.errors == sweep.errors
-        assert "names files that are not there" in sweep.errors and change.path in sweep.errors
+        assert "names files that do not exist" in sweep.errors and change.path in sweep.errors
     assert ("--config_file" in dry_launch.output) == (action == "launch")
 
     shown = "refuse" if action == "error" else action
@@ -232,8 +232,8 @@ def check_status(row: Any, table: str, change: Change, state: str, name: str) ->
     """Unknown facts are reported where they matter, and nothing is where nothing changed."""
     is_compared = state != "pending" or change.field == "missing"
     words = {
-        "touched": "inputs touched since (not verified): ",
-        "unread": "inputs never read here (not verified): ",
+        "touched": "inputs not verified (touched since): ",
+        "unread": "inputs not verified (not read here yet): ",
         "missing": "inputs missing: ",
     }
     for field, said in words.items():
@@ -343,4 +343,4 @@ def test_a_checkpoint_of_a_run_that_is_not_launched_promises_nothing(
     DATA.unlink()
     main(["why", str(recipe_path("a"))])
     said = capsys.readouterr().out
-    assert "refuse: recipe a names files that are not there" in said
+    assert "refuse: recipe a names files that do not exist" in said

@@ -125,7 +125,7 @@ def test_a_file_of_another_kind_is_not_replaced(
     path.write_text("loss: full\n")
     assert main(["recipe", "--json-schema", str(path)]) == 2
     assert path.read_text() == "loss: full\n"
-    assert "is no JSON Schema, so it is not replaced" in capsys.readouterr().err
+    assert "is not a JSON Schema, so it is not replaced" in capsys.readouterr().err
     assert main(["recipe", "--json-schema", "recipe.yaml/schema.json"]) == 2
     assert "recipe.yaml is a file, and should be a folder" in capsys.readouterr().err
 

@@ -217,7 +217,7 @@ def test_a_sweep_that_waits_is_stopped_at_once_and_says_for_what_it_waited(
     held = f"  toy/b  is held by process {holding.pid} on "
     assert "stopped by SIGINT, not done:\n" + held in stderr
     assert stderr.endswith(
-        "`runner sweep recipes/toy` continues\n2 runs: 1 completed, 1 running elsewhere\n"
+        "`runner sweep recipes/toy` continues from here\n2 runs: 1 completed, 1 running elsewhere\n"
     )
     fake.let_go("b")
     assert finish(holding)[0] == 0

@@ -150,7 +150,7 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
     assert f"stopped by {number.name}, not done:\n" in stderr and "Traceback" not in stderr
     assert stderr.count("  has no checkpoint here yet, so it starts from step 0\n") == 2
     assert "  toy/c  was not started\n" in stderr
-    assert "`runner sweep recipes/toy --slots 2` continues\n" in stderr
+    assert "`runner sweep recipes/toy --slots 2` continues from here\n" in stderr
     for pidfd in pidfds:
         wait_until_dead(pidfd)
         os.close(pidfd)
@@ -273,7 +273,7 @@ def test_a_stopped_sweep_names_the_step_that_a_run_resumes_from(fake: FakeLaunch
     assert code == 130
     assert stderr.endswith(
         "stopped by SIGINT, not done:\n  toy/a  resumes from step 1\n"
-        "`runner sweep --slots 1 recipes/toy --where size=1 --cold` continues\n"
+        "`runner sweep --slots 1 recipes/toy --where size=1 --cold` continues from here\n"
         "1 run: 1 interrupted\n"
     )
     log = fake.paths("a").attempt(1).log_path.read_text()

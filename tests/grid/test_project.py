@@ -424,7 +424,7 @@ def test_models_become_cards(place: Path) -> None:
             "the rows have no such column",
         ),
         (["--from", "demo", "--prompt", "{a}"], "--prompt goes with the starter grid"),
-        (["--model", "./none"], "there is no such folder"),
+        (["--model", "./none"], "`--model ./none` does not exist"),
         (["--model", "."], "has no config.json"),
         (["--model", "a b"], "it is not a hub id"),
         (["--model", "x/same", "--model", "y/same"], "two of the models would be called 'same'"),
@@ -462,7 +462,7 @@ def test_a_folder_in_use_is_refused_and_named(
     (place / "study" / ".git").mkdir()
     (place / "file").touch()
     for target, words in (
-        ("study", "in the way: .git"),
+        ("study", "it contains .git"),
         ("file", "file is a file"),
         ("file/x", "file exists"),
     ):

@@ -325,7 +325,7 @@ def test_check_names_what_was_edited(
     assert main(["check", "--schema-only", "recipes/toy"]) == 0
     said = capsys.readouterr().err
     assert said.startswith("note: edited after rendering: recipes/toy/gemma_completion_060.yaml, ")
-    assert "gemma_full_060.yaml and 1 more; `runner render` refuses" in said
+    assert "gemma_full_060.yaml and 1 more; `runner render` does not overwrite" in said
 
 
 def test_what_has_the_name_of_a_recipe_and_is_no_file_is_refused(

@@ -125,7 +125,7 @@ def test_what_only_says_where_is_on_the_command_line() -> None:
 
 
 def test_processes_that_cannot_keep_the_global_batch_are_refused() -> None:
-    with pytest.raises(RefusedError, match="a global batch of 24 cannot be made of 5 processes"):
+    with pytest.raises(RefusedError, match="a global batch of 24 is not divisible by 5 processes"):
         build(parse(), Path("runs/toy/base"), Placement(5))
 
 

@@ -374,7 +374,7 @@ def test_export_wants_a_folder_for_anything_but_the_model_as_it_is(
     assert main(["export", "runs/toy/a", "--push"]) == 2
     assert "has no `tracking.hub_model_id`" in capsys.readouterr().err
     assert main(["export", "runs/toy/none", "--push"]) == 2
-    assert "'runs/toy/none' names no recipe, run or grid" in capsys.readouterr().err
+    assert "no recipe, run or grid is named 'runs/toy/none'" in capsys.readouterr().err
     assert hub.repositories == {} and not Path("runs/toy/none").exists()
 
 
@@ -471,9 +471,12 @@ def test_a_repository_that_holds_another_run_is_refused(
     ("tracking", "said"),
     [
         ("hub_push: end", "`hub_push: end` needs a repository of the run's own, such as"),
-        ("hub_push: end, hub_model_id: model", "`hub_model_id: model` is no repository on the hub"),
+        (
+            "hub_push: end, hub_model_id: model",
+            "`hub_model_id: model` is not a repository on the hub",
+        ),
         ("hub_push: end, hub_model_id: lab/a--b", "without `--`, `..` and `.git` at the end"),
-        ("hub_push: end, hub_model_id: lab/a.git", "is no repository on the hub"),
+        ("hub_push: end, hub_model_id: lab/a.git", "is not a repository on the hub"),
         ("hub_push: always, hub_model_id: lab/a", "got the text 'always', expected never or end"),
     ],
 )

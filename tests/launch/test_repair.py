@@ -81,7 +81,7 @@ def test_a_model_that_was_removed_is_written_again(
 ) -> None:
     shutil.rmtree(paths.model_dir)
     assert main(["why", "recipes/toy/a.yaml"]) == 0
-    assert "model removed: `runner launch RECIPE --repair` writes it" in capsys.readouterr().out
+    assert "model removed: `runner launch RECIPE --repair` restores it" in capsys.readouterr().out
     fake.tell("a", "exit 0")
     assert main(REPAIR) == 14, "the model is not there"
 

@@ -119,7 +119,7 @@ def test_the_nearest_name_is_suggested(project: Path) -> None:
         ("oy2", "toy2"),
         ("recipes/toy/toy3.yaml", "recipes/toy/toy2.yaml"),
     ):
-        with pytest.raises(RunnerError, match="names no recipe, run or grid") as caught:
+        with pytest.raises(RunnerError, match="no recipe, run or grid is named") as caught:
             find(text, "recipe")
         assert f"did you mean {close}?" in str(caught.value.hint)
     with pytest.raises(RunnerError) as caught:

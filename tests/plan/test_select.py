@@ -100,7 +100,7 @@ def test_an_argument_that_names_nothing_is_an_error(argument: str, fake: FakeLau
     if not argument:
         (fake.root / "recipes" / "toy" / "a.yaml").unlink()
         (fake.root / "cpu.yaml").unlink()
-    with pytest.raises(RunnerError, match="names no recipe"):
+    with pytest.raises(RunnerError, match="no recipe, run or grid is named"):
         select(argument or ".")
 
 

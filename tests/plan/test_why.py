@@ -83,7 +83,7 @@ def test_a_name_of_no_run_is_2_and_words(
     fake.add("a")
     assert main(["why", "toy/b"]) == 2
     said = capsys.readouterr().err
-    assert "'toy/b' names no recipe, run or grid" in said and "runner status" in said
+    assert "no recipe, run or grid is named 'toy/b'" in said and "runner status" in said
     assert main(["why", "recipes/toy/a.yam"]) == 2
     assert "did you mean recipes/toy/a.yaml?" in capsys.readouterr().err
 

@@ -187,7 +187,7 @@ REFUSALS = {
     ("global_batch_size: 24\n", "global_batch_size: 25\n"): (
         1,
         "(recipe)",
-        "a global batch of 25 cannot be made of 3 processes x 2 sequences each",
+        "a global batch of 25 is not divisible by 3 processes x 2 sequences each",
     ),
     ("dtype: float32", "dtype: float32, attn_implementation: flash_attention_2"): (
         1,
@@ -449,7 +449,7 @@ def test_the_global_batch_stays_on_any_number_of_processes(
 
 @pytest.mark.parametrize("num_processes", [5, 24, 100])
 def test_a_global_batch_that_does_not_divide_is_refused(num_processes: int) -> None:
-    with pytest.raises(RefusedError, match="a global batch of 24 cannot be made of"):
+    with pytest.raises(RefusedError, match="a global batch of 24 is not divisible by"):
         derive_accumulation(parse(), num_processes)
 
 

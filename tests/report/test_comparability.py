@@ -242,7 +242,7 @@ def test_flags_are_one_sentence_for_each_kind_of_thing(tmp_path: Path) -> None:
     assert "learning-rate schedule (24 -> 48 steps)" in text
     assert "torch 2.12 (" in text and "and 2.13 (" in text
     assert "runs of loss=full and 0 of" in text
-    assert "not converged: the best step is the last one in 0 of" in text
+    assert "perhaps not converged: the best step is the last one in 0 of" in text
 
 
 def test_what_only_some_pairs_change_is_flagged(tmp_path: Path) -> None:

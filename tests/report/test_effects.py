@@ -496,7 +496,8 @@ def test_a_mean_over_models_of_other_tokens_says_so(tmp_path: Path) -> None:
         lambda model, loss: 2.0 + 0.3 * (loss == "full"),
         own_seeds=True,
     )
-    flag = "tokens of demo_models/gemma and demo_models/llama are different pieces of text"
+    models = "demo_models/gemma and demo_models/llama"
+    flag = f"{models} use different tokens: the mean combines different units"
     same = rows_of(runs)
     other = [
         replace(row, split_hashes={"test": {"input_ids_hash": row.model_name}}) for row in same

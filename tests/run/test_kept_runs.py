@@ -185,7 +185,7 @@ def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
 ) -> None:
     line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
     assert main(["sweep", "recipes/states", "--dry-run"]) == 2
-    assert "recipe missing_data names files that are not there" in capsys.readouterr().err
+    assert "recipe missing_data names files that do not exist" in capsys.readouterr().err
     Path("data/gone.jsonl").write_text("{}\n")
     assert main(["sweep", "recipes/states", "--dry-run"]) == 1
     said = capsys.readouterr().out

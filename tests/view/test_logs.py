@@ -115,12 +115,12 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
         (
             ["recipes/toy"],
             [
-                "these are 3 runs, none of them running",
+                "3 runs match and none of them are running",
                 "hint: runner logs runs/toy/a",
                 "runs/toy/b",
             ],
         ),
-        (["recipes/other"], ["names no recipe"]),
+        (["recipes/other"], ["no recipe, run or grid is named"]),
     ],
 )
 def test_what_cannot_be_printed_is_told(
@@ -158,7 +158,7 @@ def test_of_a_folder_the_one_that_runs_is_meant(fake: FakeLauncher) -> None:
     both = print_logs(fake, "recipes/toy")
     assert both.returncode == 2
     assert (
-        b"2 of them running" in both.stderr
+        b"2 of them are running" in both.stderr
         and b"runs/toy/d" in both.stderr
         and b"runs/toy/a" not in both.stderr
     )

@@ -145,7 +145,7 @@ def test_inputs_and_pushes_that_need_a_look_are_told() -> None:
     views.append(make_view("changed", {"n": 7}, why="loss changed", push_to="lab/b"))
     lines = draw(views, 100, None)
     assert lines[-4:] == [
-        "▶ 5  inputs touched since (not verified): models/toy",
+        "▶ 5  inputs not verified (touched since): models/toy",
         "≠ 7  loss changed; push to lab/b is pending",
         "· 0 and 2 more  inputs missing: data.jsonl",
         "✓ 4  push to lab/a failed: 403",
