@@ -14,7 +14,7 @@ from runner.cli.view_arguments import add_view_verbs
 from runner.text import positive
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> VerbParser:
     """All verbs and their options."""
     parser = VerbParser(
         prog="runner",
@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_verbs(verbs)
     for name in ("check", "masks", "launch", "sweep", "rerun", "why"):
         verbs.choices[name].is_about_recipes = True
+    parser.verbs = verbs.choices
     return parser
 
 

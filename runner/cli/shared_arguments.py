@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from runner.errors import escape_controls
@@ -19,6 +22,9 @@ class VerbParser(argparse.ArgumentParser):
 
     # True for verbs about recipes: users pass them the options of other trainers.
     is_about_recipes = False
+
+    # The parser of each verb; only the top parser has them.
+    verbs: Mapping[str, VerbParser] = MappingProxyType({})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does.
@@ -50,7 +56,23 @@ class VerbParser(argparse.ArgumentParser):
 
         refuse_foreign_options(self.prog, words, known)
 
+    def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
+        """Exit with the usage of this verb and with the options that are close to these words."""
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        close = [
+            match
+            for option in options
+            for match in difflib.get_close_matches(option, self._option_string_actions, n=1)
+        ]
+        nearest = f", did you mean {' '.join(dict.fromkeys(close))}?" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{nearest}")
+
     def error(self, message: str) -> NoReturn:
+        """Exit with the usage and the message; for a wrong choice, name the closest one."""
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            choices = re.findall(r"[\w-]+", wrong[2])
+            close = difflib.get_close_matches(wrong[1], choices, n=1)
+            message += f", did you mean {close[0]}?" if close else ""
         super().error(escape_controls(scrub(message)))
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from runner.data.mixture import interleave
 from runner.data.sources import load_rows
-from runner.data.tasks.base import NEUTRAL_COLUMNS, Conversation, Example, list_names
+from runner.data.tasks.base import EMPTY, NEUTRAL_COLUMNS, Conversation, Example, list_names
 from runner.data.tasks.conversations import CONVERSATION_COLUMNS
 from runner.errors import DataError
 from runner.files import hash_json
@@ -94,7 +94,7 @@ class LeftOut:
         for split, skipped in self.skipped.items():
             lines += [f"{split}: {count} {reason}, not read" for reason, count in skipped.items()]
         for split, columns in self.columns.items():
-            named = ", ".join(f"`{column}` ({count} rows)" for column, count in columns.items())
+            named = ", ".join(_name_column(column, count) for column, count in columns.items())
             lines.append(f"{split}: not used in any row's text: {named}")
         for name in self.unknown:
             lines.append(f"nothing for `{name}` in `data.ignore`: no row has it")
@@ -103,6 +103,16 @@ class LeftOut:
         if self.num_duplicates:
             lines.append(f"{self.num_duplicates} duplicate rows")
         return lines
+
+
+def _name_column(column: str, count: int) -> str:
+    """A column that is not used, and the number of rows that have it.
+
+    >>> _name_column("id", 3), _name_column("note (empty)", 1200)
+    ('`id` (3 rows)', '`note` (empty, 1200 rows)')
+    """
+    name = column.removesuffix(EMPTY)
+    return f"`{name}` ({'' if name == column else 'empty, '}{count} rows)"
 
 
 @dataclass(frozen=True)

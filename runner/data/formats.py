@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
@@ -39,7 +40,16 @@ def load_file(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
     try:
         yield from _load(path, aside)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error})") from None
+        suffix = Path(path).suffix
+        command = f"iconv -f cp1252 -t utf-8 {shlex.quote(str(path))} > NEW{suffix}"
+        raise DataError(
+            f"{path}: is not UTF-8 text ({error})",
+            hint=(
+                "convert its text to UTF-8"
+                if suffix in COMPRESSIONS
+                else f"convert it; from a Western European encoding: {command}"
+            ),
+        ) from None
 
 
 def _load(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:

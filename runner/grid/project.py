@@ -275,7 +275,7 @@ def _describe_starter(starter: _Starter) -> list[str]:
         notes.append(f"not read, columns of {path}: {', '.join(unsaid)}")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
     if plan.ignored:
-        notes.append("the recipe lists in `data.ignore` those of them that may have a meaning")
+        notes.append("`data.ignore` in the recipe lists the ones that may hold content")
     own = [split for split in plan.sources if split != "train"]
     notes.append(
         f"rows: {plan.num_validation} for validation, {plan.num_test} for test, "

@@ -29,7 +29,11 @@ from runner.data.tasks.base import (
     find_meaning,
 )
 from runner.data.tasks.prompt_completion import PromptCompletionTask
-from runner.data.tasks.prompts import list_placeholders
+from runner.data.tasks.prompts import (
+    describe_unfillable,
+    list_placeholders,
+    list_unfillable,
+)
 from runner.errors import RunnerError
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
@@ -230,7 +234,7 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
     raise RunnerError(
         f"{where}: cannot tell the task from the columns: {_list_columns(row)}",
         hint=(
-            f"name the columns of the prompt and the answer: {_suggest_columns(row)}\n"
+            f"name the columns of the prompt and the answer, for example {_suggest_columns(row)}\n"
             f"      or rename the columns to one of these: {'; '.join(dict.fromkeys(recognised))}\n"
             "      or, if Python must build the rows: start without --data, and write"
             " `data.train.path` and\n"
@@ -248,8 +252,9 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
     if prompt is None or completion is None:
         missing = "--prompt" if prompt is None else "--completion"
         raise RunnerError(
-            f"`{missing}` is missing: --prompt and --completion go together",
-            hint=_suggest_columns(row),
+            f"`{missing}` is missing: --prompt and --completion go together"
+            f"\n\ncolumns: {_list_columns(row)}",
+            hint=_suggest_columns(row, prompt, completion),
         )
     if isinstance(row, Mapping):
         _refuse_no_columns(prompt, completion, row)
@@ -265,7 +270,10 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
     except ValidationError as error:
         problems = list_problems(error, PromptCompletionTask, section, "")
         what = problems[0].what
-        raise RunnerError(f"`--prompt`: {what}", hint=_suggest_columns(row)) from None
+        raise RunnerError(
+            f"`--prompt`: {what}\n\ncolumns: {_list_columns(row)}",
+            hint=_suggest_columns(row, prompt, completion),
+        ) from None
     return section
 
 
@@ -274,8 +282,18 @@ _NESTED: Final = re.compile(r"\{([^\W\d]\w*)[.\[][^{}]*\}")
 
 
 def _refuse_no_columns(prompt: str, completion: str, row: Mapping[str, Any]) -> None:
-    """Raises RunnerError if the answer is not a column, or if a nested value is named."""
+    """Raises RunnerError if the answer is not a column, or if the prompt names a nested value or
+    a column that braces cannot hold.
+    """
     if prompt not in row:
+        for name in list_unfillable(prompt, row):
+            raise RunnerError(
+                f"`--prompt`: {describe_unfillable(name)}",
+                hint=(
+                    f"rename the column; or make it the whole prompt:"
+                    f" --prompt {shlex.quote(name)} --completion {shlex.quote(completion)}"
+                ),
+            )
         for match in _NESTED.finditer(prompt):
             if match[1] in row:
                 raise _build_nested(f"`--prompt`: {match[0]}", match[1])
@@ -320,16 +338,53 @@ def _show_sample(value: Any) -> str:
     return text if len(text) <= _MAX_SAMPLE else f"{text[:_MAX_SAMPLE]}..."
 
 
-def _suggest_columns(row: Any) -> str:
-    """The options that use the two columns with the longest texts as prompt and answer."""
+def _suggest_columns(row: Any, prompt: str | None = None, completion: str | None = None) -> str:
+    """The two options. They keep the words that the user gave. With none, they name the two columns
+    with the longest texts; a column that cannot be guessed is a word in capitals.
+
+    >>> row = {"opened": "2026-01-07", "ticket": "My kettle is lost", "agent": "Ana", "queue": "b"}
+    >>> print(_suggest_columns(row, completion="queue"))
+    --prompt '{ticket}' --completion queue
+    >>> print(_suggest_columns(row, prompt="Which queue? {ticket}"))
+    --prompt 'Which queue? {ticket}' --completion ANSWER
+    >>> print(_suggest_columns(row, prompt="Which queue?", completion="queue"))
+    --prompt 'Which queue? {ticket}' --completion queue
+    """
     columns = row if isinstance(row, Mapping) else {}
-    texts = {str(name): value for name, value in columns.items() if isinstance(value, str)}
-    longest = sorted(texts, key=lambda name: len(texts[name]), reverse=True)[:2]
-    if len(longest) < 2:
-        return "--prompt '{QUESTION}' --completion ANSWER"
-    first, second = (name for name in texts if name in longest)
-    prompt = f"{{{first}}}" if list_placeholders(f"{{{first}}}") else first
-    return f"--prompt {shlex.quote(prompt)} --completion {shlex.quote(second)}"
+    in_prompt = list_placeholders(prompt or "")
+    if completion in in_prompt:
+        completion = None
+    texts = {
+        str(name): value
+        for name, value in columns.items()
+        if isinstance(value, str) and value.strip() and not _DATE.match(value)
+    }
+    free = [name for name in texts if name not in (prompt, completion, *in_prompt)]
+    longest = sorted(free, key=lambda name: len(texts[name]), reverse=True)
+    if prompt is None and completion is None and len(free) > 2:
+        free = [name for name in free if name in longest[:2]]
+    if prompt is None or not (in_prompt or prompt in columns):
+        if completion is not None and free:
+            column = longest[0]
+        else:
+            column = free[0] if len(free) == 2 else "QUESTION"
+        prompt = _name_in_prompt(prompt, column)
+        free = [name for name in free if name != column]
+    if completion is None:
+        completion = free[0] if len(free) == 1 else "ANSWER"
+    return f"--prompt {shlex.quote(prompt)} --completion {shlex.quote(completion)}"
+
+
+# The beginning of a date, such as 2026-01-07 or 07.01.2026: neither a prompt nor an answer.
+_DATE: Final = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b")
+
+
+def _name_in_prompt(words: str | None, column: str) -> str:
+    """The prompt with the column in braces; the bare column if braces cannot hold its name."""
+    braced = f"{{{column}}}"
+    if not list_placeholders(braced):
+        return column
+    return braced if words is None else f"{words} {braced}"
 
 
 def choose_train_counts(num_left: int) -> tuple[int, ...]:

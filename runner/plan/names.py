@@ -61,7 +61,10 @@ def find_named(
     what = f"no recipe, run or grid is named {text!r}"
     is_nothing_here = not RECIPES_DIR.is_dir() and not output_root.is_dir()
     if is_nothing_here and (nowhere := describe_no_project()) is not None:
-        what += f"; {nowhere}"
+        raise RunnerError(
+            f"{what}; {nowhere}",
+            hint="`cd` into the project's folder, or create one with `runner init DIR`",
+        )
     raise RunnerError(what, hint=_suggest_names(path, output_root))
 
 

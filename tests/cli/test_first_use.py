@@ -5,6 +5,7 @@ before anything is started or moved.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,7 @@ def test_outside_a_project_it_says_so(
     assert main(words) == code
     output = capsys.readouterr()
     assert NOWHERE.format(tmp_path) in output.err
+    assert "recipes/demo" not in output.err, "a folder that is not here"
     assert output.out == ""
     (tmp_path / "runner.toml").touch()
     main(words)
@@ -215,6 +217,58 @@ def test_what_is_mistyped_of_a_new_project_is_answered(
     assert main(["init", "new", "--data", "tickets.jsonl", *given, *options]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ([], "{text} --completion agent"),
+        (["--completion", "queue"], "{text} --completion queue"),
+        (["--prompt", "Sort: {text}"], "Sort: {text} --completion ANSWER"),
+        (["--prompt", "Sort:", "--completion", "queue"], "Sort: {text} --completion queue"),
+        (["--prompt", "{queue}", "--completion", "queue"], "{queue} --completion ANSWER"),
+        (["--prompt", "{the day}: {text}", "--completion", "queue"], "the day --completion queue"),
+    ],
+)
+def test_a_hint_keeps_the_words_of_the_user(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    hint: str,
+) -> None:
+    """Dates and empty columns are not guessed."""
+    monkeypatch.chdir(tmp_path)
+    row = "2026-01-07,07.01.2026,The kettle never arrived,,Angelika,1\n"
+    Path("rows.csv").write_text("opened,the day,text,note,agent,queue\n" + row)
+    assert main(["init", "new", "--data", "rows.csv", *options]) == 2
+    said = capsys.readouterr().err
+    assert 'agent    "Angelika"\n' in said or "would stay as it is" in said
+    found = shlex.split(said.partition("--prompt ")[2] if not options else last_hint(said))
+    assert " ".join(found[: found.index("--completion") + 2]) == hint
+
+
+def last_hint(said: str) -> str:
+    return said.rpartition("--prompt ")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["init", "new", "--promt", "{a}"], "runner init: error: unrecognized arguments: --promt"),
+        (["init", "new", "--promt", "{a}"], ", did you mean --prompt?\n"),
+        (["report", "first", "--hmtl=a.html"], ", did you mean --html?\n"),
+        (["init", "new", "--zzz"], "unrecognized arguments: --zzz\n"),
+        (["swep", "first"], ", did you mean sweep?\n"),
+        (["zzz", "first"], "'export')\n"),
+    ],
+)
+def test_a_misspelled_option_or_verb_is_answered(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert said in capsys.readouterr().err
 
 
 def test_a_new_project_tells_each_column_once(

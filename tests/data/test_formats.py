@@ -229,3 +229,21 @@ def test_a_table_with_another_separator_is_told_as_such(
     path.write_text(f"prompt{separator}completion\nWhat, now?{separator}Yes.\n")
     with pytest.raises(DataError, match=f"the header has {name} between its names"):
         list(load_file(path, {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("my rows.csv", "iconv -f cp1252 -t utf-8 '{}' > NEW.csv"),
+        ("rows.csv.gz", "convert its text to UTF-8"),
+    ],
+)
+def test_another_encoding_is_refused_with_a_way_to_convert_it(
+    name: str, hint: str, tmp_path: Path
+) -> None:
+    content = "q,a\nwörd,1\n".encode("cp1252")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError) as caught:
+        list(load_file(path, {}))
+    assert caught.value.hint is not None and caught.value.hint.endswith(hint.format(path))

@@ -324,7 +324,7 @@ def test_columns_that_may_mean_something_are_the_users_to_leave_out(
     assert main(["init", "study", "--data", str(write_rows(place / "a.jsonl", rows))]) == 0
     said = capsys.readouterr().out
     assert said.count("`language`") == 1 and said.count("`messages.toxic`") == 1
-    assert "the recipe lists in `data.ignore` those" in said
+    assert "`data.ignore` in the recipe lists the ones" in said
     template = (place / "study" / "recipe_templates" / "first" / "recipe.yaml.j2").read_text()
     assert '  ignore: ["language", "messages.toxic"] # these' in template
     rows[7]["weight"] = 0

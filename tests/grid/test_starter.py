@@ -54,7 +54,7 @@ def test_columns_that_nobody_planned_for(
     assert main(["init", "study", "--data", "tickets.jsonl"]) == 2
     said = capsys.readouterr().err
     assert 'ticket   "Printer 0 is {{ broken }}"\n  the fix  "Restart 0"\n' in said
-    words = said.partition("the prompt and the answer: ")[2].splitlines()[0]
+    words = said.partition("the prompt and the answer, for example ")[2].splitlines()[0]
     assert words == "--prompt '{ticket}' --completion 'the fix'" and "name: python" in said
     options = (
         shlex.split(words) if prompt is None else ["--prompt", prompt, *shlex.split(words)[2:]]

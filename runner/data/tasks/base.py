@@ -338,8 +338,10 @@ class Leftovers:
 
     def _name_ways_on(self, names: tuple[str, ...]) -> str:
         ways = [f"`data.ignore: [{', '.join(names)}]` leaves what you do not need out of the rows"]
-        if "prompt" in type(self._task).model_fields:
-            ways.append(f"`{{{names[0]}}}` in `data.task.prompt` puts its text into the prompt")
+        # Braces hold identifiers only.
+        column = next((name for name in names if name.isidentifier()), None)
+        if column is not None and "prompt" in type(self._task).model_fields:
+            ways.append(f"`{{{column}}}` in `data.task.prompt` puts its text into the prompt")
         for name in names:
             if meaning := find_meaning(name):
                 ways.append(f"`{name}`: {meaning}")
@@ -408,7 +410,13 @@ def read_text(row: Mapping[str, Any], column: str, where: str) -> str:
     value = require_column(row, column, where)
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: column `{column}` should be a text, found {describe_value(value)}"
+            f"{where}: column `{column}` should be a text, found {describe_value(value)}",
+            hint=(
+                "leave such rows out of the file"
+                if value is None
+                else "write the column as text; or build the rows with a function:"
+                " `data.task: {name: python, function: rows.py:build}`"
+            ),
         )
     return value
 

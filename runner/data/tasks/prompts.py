@@ -144,6 +144,12 @@ class PromptTask(Task):
         for key, name in self._list_placeholders():
             if first is not None:
                 self._require_known(key, [name], columns, first)
+        for key, text in (("prompt", self.prompt), ("system", self.system)):
+            for name in list_unfillable(text or "", columns):
+                raise DataError(
+                    f"{first}: `data.task.{key}`: {describe_unfillable(name)}",
+                    hint="rename the column",
+                )
 
     def _require_known(
         self, key: str, names: Iterable[str], columns: Mapping[str, Any], where: str
@@ -178,6 +184,24 @@ def list_placeholders(text: str, own: tuple[str, ...] = ()) -> list[str]:
     """
     matches = _compile(own).finditer(text)
     return list(dict.fromkeys(match["column"] for match in matches if match["column"]))
+
+
+def list_unfillable(text: str, columns: Collection[str]) -> list[str]:
+    """The columns in braces that stay as they are, because their names are not identifiers.
+
+    >>> list_unfillable('{a} {d e} {f} {{g h}} {"c": 1}', ["a", "d e", "g h"])
+    ['d e']
+    """
+    braced = re.findall(r"(?<!\{)\{([^{}]+)\}(?!\})", text)
+    return [name for name in braced if name in columns and not list_placeholders(f"{{{name}}}")]
+
+
+def describe_unfillable(name: str) -> str:
+    """The problem of a column that `list_unfillable` found."""
+    return (
+        f"{{{name}}} would stay as it is in every row: a name in braces may hold only letters,"
+        " digits and _, and may not start with a digit"
+    )
 
 
 def fill_prompt(prompt: str, row: Mapping[str, Any], where: str, texts: Mapping[str, str]) -> str:

@@ -121,8 +121,9 @@ def test_a_prompt_of_nothing_is_refused() -> None:
         build({"a": "", "b": None, "completion": "x"}, task)
     with pytest.raises(DataError, match=r"holds \{b\}, but there is no column `b`"):
         build({"a": "", "completion": "x"}, task)
-    with pytest.raises(DataError, match=r"column `a` should be a text, found a number"):
+    with pytest.raises(DataError, match=r"column `a` should be a text, found a number") as caught:
         build({"a": 3, "b": "x", "completion": "x"}, task)
+    assert "`data.task: {name: python" in str(caught.value)
 
 
 def test_a_column_may_be_missing_in_some_rows_only() -> None:
@@ -161,6 +162,20 @@ def test_a_column_of_any_name_is_a_prompt() -> None:
     task = PromptCompletionTask(name="prompt_completion", prompt_column="my {prompt}")
     assert ask(task, {"my {prompt}": "{x}", "completion": "b"}) == ["{x}"]
     assert ask(task, {"my {prompt}": "", "completion": "b"}) == [""]
+
+
+@pytest.mark.parametrize("key", ["prompt", "system"])
+def test_a_column_in_braces_that_cannot_hold_it_is_refused(key: str) -> None:
+    """Its name would be in every prompt, and its text in none."""
+    texts = {"prompt": "{q}", key: "{q} {my column} {{q}} {other text}"}
+    task = parse("prompt_completion", **texts)
+    row = {"q": "a", "completion": "b"}
+    task.build_examples([("row 1", row)])
+    with pytest.raises(DataError) as caught:
+        task.build_examples([("row 1", row | {"q 2": "c"})])
+    assert "in `data.task.prompt` puts" not in str(caught.value)
+    with pytest.raises(DataError, match=rf"row 1: `data.task.{key}`: \{{my column\}} would stay"):
+        task.build_examples([("row 1", row | {"my column": "c"})])
 
 
 def test_an_input_that_an_alpaca_prompt_leaves_out_is_refused() -> None:
