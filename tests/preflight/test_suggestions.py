@@ -62,7 +62,7 @@ def test_batches_grow_and_what_saves_memory_goes(here: Project) -> None:
         "evaluation.per_device_eval_batch_size=4",
     )
     lines = suggest(recipe)
-    assert lines[0].startswith("suggestions for tests, by estimates")
+    assert lines[0].startswith("suggestions for tests, from estimates")
     assert lines[1] == "models/gemma"
     assert starting(lines, "micro-batch 12 instead of 2: 6 times fewer passes; about 0.8 of 4 GiB")
     assert starting(lines, "gradient checkpointing off: ")
