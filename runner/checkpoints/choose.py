@@ -74,7 +74,7 @@ class Policy:
     """The inputs of a choice other than the checkpoints and the launch."""
 
     verification: Verification | None = None  # None: every readable marker is trusted
-    # Ignore checkpoints with larger micro-batches, and start at step 0 if necessary.
+    # Set aside checkpoints in other micro-batches, and start at step 0 if necessary.
     has_run_out_of_memory: bool = False
     refuses_other_versions: bool = False  # otherwise they are a warning
     judges_all: bool = False  # also verify checkpoints older than the deciding one
@@ -535,8 +535,8 @@ def look_ahead(
     """The choice of an attempt, judged by markers only; empty if it cannot be known yet.
 
     `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None:
-    not known yet), `resume` its `Attempt.resume`. Of a path to resume from, only the marker is
-    read.
+    not known yet), `resume` its `Attempt.resume`. Of checkpoints, reads only the marker of
+    a path to resume from.
     """
     is_named = resume not in ("auto", "latest", "best")
     if resume == "none" or "://" in resume:  # remote storage is not queried here

@@ -78,7 +78,8 @@ def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparis
 
 def _find_other_commits(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each name that the checkpoint was trained on at a commit that this launch does
-    not load. If either side records no commits, nothing is compared.
+    not load. Names that the checkpoint does not record are not compared, nor is any name if the
+    commits of the launch are unknown.
     """
     before, now = stored.get(COMMITS) or {}, current.get(COMMITS)
     if now is None:

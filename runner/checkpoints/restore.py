@@ -175,7 +175,7 @@ def import_newest(
     phase: Phase = nullcontext,
 ) -> int | None:
     """Import the newest checkpoint of this run from remote storage that can be resumed; None if
-    there is none.
+    it holds none, or only ignored ones.
 
     `skip_other_micro_batches`: ignore such checkpoints, in a run whose micro-batch has changed
     since. `before_resuming` and `phase` are those of `choose_resume_step`.

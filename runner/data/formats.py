@@ -156,7 +156,7 @@ def _load_json(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
         )
     (key,) = lists
     if beside := tuple(f"{path}: `{name}`" for name in value if name != key):
-        aside["keys beside the rows"] = (*aside.get("keys beside the rows", ()), *beside)
+        aside["keys next to the rows"] = (*aside.get("keys next to the rows", ()), *beside)
     for number, row in enumerate(value[key], start=1):
         yield f"{path} `{key}` row {number}", row
 

@@ -122,9 +122,11 @@ def _load_split(folder: Path, split: Mapping[str, Any], verified: Collection[str
         if shard not in verified or not _SHARD.fullmatch(shard):
             raise ValueError(f"{shard!r} is not listed in its manifest")
     if not isinstance(dropped, list) or not all(isinstance(one, str) for one in dropped):
-        raise ValueError(f"the ids of dropped rows are {dropped!r}")
+        raise ValueError(f"the ids of dropped rows should be a list of texts, found {dropped!r}")
     if any(not isinstance(facts[loss], dict) for loss in _LOSSES):
-        raise ValueError(f"the facts about its rows are {facts!r}")
+        raise ValueError(
+            f"the facts about its rows should be an object for each loss, found {facts!r}"
+        )
     return StoredSplit(StoredRows([folder / shard for shard in shards]), tuple(dropped), facts)
 
 

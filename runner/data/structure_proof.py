@@ -12,7 +12,8 @@ with the generation prompt, is the beginning of the whole. It ends where `turn_e
 Whitespace around a leaf, and the tags at which a template splits contents (`<think>`), stay as they
 are in the rendering of marks, so that the template treats both renderings alike.
 
-If the template does not print a text of a turn to train, the error names that text.
+If the template does not print a text of a turn to train, the row is refused, and the error names
+that text.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ It never contacts a cloud.
 One task rather than one per run, because a sweep can simply be repeated on a recovered machine:
 SkyPilot starts `run` again, and completed runs are skipped. The alternatives fit less well: a file
 with several tasks is a pipeline that runs one after the other, and a pool of workers would share
-the bucket between machines, which does not pass on locks.
+the bucket between machines, where locks do not work.
 """
 
 from __future__ import annotations

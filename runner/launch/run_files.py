@@ -203,7 +203,7 @@ def take_lease(paths: RunPaths) -> Lease | None:
     for path in (paths.run_dir, *_list_parts(paths)):
         if path.is_symlink():
             raise RefusedError(
-                f"{path} is a link to {os.readlink(path)}; a run directory must not contain links",
+                f"{path} is a link to {os.readlink(path)}; runs must not be or contain links",
                 hint="move the target of the link here, or choose another place with --output-root",
             )
     lease = Lease(paths.lease_path)

@@ -222,7 +222,7 @@ class Worker:
 
     def read_output(self) -> str:
         """The output of the worker and its launcher without secrets; only the end if it is long."""
-        # They share the file offset with us, so `pread` must not move it.
+        # They share the file offset with us; `pread` does not move it.
         size = os.fstat(self.output.fileno()).st_size
         begin = max(0, size - _SAID_BYTES)
         text = os.pread(self.output.fileno(), size - begin, begin).decode(errors="replace")

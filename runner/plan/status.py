@@ -74,7 +74,7 @@ class RunStatus(Fact):
     # read, or never read under this output root.
     inputs_touched: tuple[Shown, ...] = ()
     inputs_unread: tuple[Shown, ...] = ()
-    inputs_missing: tuple[Shown, ...] = ()  # paths that a launch needs
+    inputs_missing: tuple[Shown, ...] = ()  # paths that do not exist; a launch needs them
     push_to: Shown | None = None  # the repository that a completed run is yet to be pushed to
     push_failure: Shown | None = None  # of the last attempt to push
 

@@ -305,7 +305,7 @@ def list_missing_files(recipe: Recipe) -> dict[str, str]:
 
 
 def hint_at_missing(paths: Collection[str]) -> str:
-    """A hint how to provide the files that a recipe names."""
+    """A hint on how to provide the files that a recipe names."""
     if any(path.startswith(_DEMO_MODELS) for path in paths):
         return f"{pasteable('runner demo-models')}  # builds the demo's models"
     if any(Path(path).parent.is_dir() and path.endswith(_OF_MODELS) for path in paths):

@@ -184,8 +184,8 @@ def build_resume_fingerprint(
         "gradient_accumulation_steps": derive_accumulation(recipe, num_processes, divisor),
         "accelerate_config": load_launch_settings(Path(recipe.launch.accelerate_config)),
         "num_cpu_threads_per_process": stated,
-        # The recipe decides if these may differ. If it sets no threads, they depend on the free
-        # cores.
+        # The recipe decides if these may differ. If it sets no threads, OMP_NUM_THREADS depends on
+        # the free cores.
         "versions": (
             list_library_versions() | ({} if threads is None else {"OMP_NUM_THREADS": threads})
         ),

@@ -92,7 +92,7 @@ class ReportRow:
     runner_is_dirty: bool | None = None  # True if some attempt ran uncommitted files
     # cpu and gpu: only names of models, no other facts of a machine
     hardware: Mapping[str, str] = field(default_factory=dict)
-    # Of each attempt in order; a repeated number is listed once. Empty: not recorded.
+    # Of each attempt in order; equal numbers in a row are listed once. Empty: not recorded.
     num_processes: tuple[int, ...] = ()
     micro_batch_divisors: tuple[int, ...] = ()  # above 1 after running out of memory
     started_at_utc: str | None = None  # the first attempt

@@ -5,9 +5,9 @@ to 0; its interval treats seeds, rows or both as random. Everything here is a pu
 arrays; `effects` and `comparability` decide which cells are compared, and if they may be.
 
 Seeds and rows have separate errors, with few degrees of freedom for the seeds. The critical value
-is a weighted average of both (Cochran and Cox): a single Satterthwaite number of degrees of freedom
-trusts the rows too much if the runs happen to be close together. `benchmarks/intervals.py` checks
-all of this on grids whose truth is known.
+is a weighted average of theirs (Cochran and Cox): a single Satterthwaite number of degrees of
+freedom trusts the rows too much if the runs happen to be close together. `benchmarks/intervals.py`
+checks all of this on grids whose truth is known.
 """
 
 from __future__ import annotations

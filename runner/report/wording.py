@@ -68,7 +68,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "runner_is_dirty": "true if some attempt ran uncommitted files of the runner; null: unknown",
     "started_at_utc": "when the first attempt started; null: never",
     "hardware": "models of the CPU and the GPUs; several joined by ' then '",
-    "num_processes": "of each attempt in order; a repeated number is listed once",
+    "num_processes": "of each attempt in order; equal numbers in a row are listed once",
     "micro_batch_divisors": (
         "divisor of the micro-batches, of each attempt in order; more than 1 after running out of"
         " memory"
@@ -85,7 +85,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "kind": (
         "the sources of error. seeds and rows: this recipe, on rows like these; seeds: this recipe,"
         " on exactly these rows; rows: these trained models only, no verdict on the recipe;"
-        " identical: the runs do not differ at all"
+        " identical: the differences do not vary, so there is no interval"
     ),
     "p_adjusted": (
         "if confirmatory, p by Holm over all declared contrasts, each with its mean and all its"

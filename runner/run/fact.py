@@ -53,7 +53,7 @@ Loaded = TypeVar("Loaded", bound=Fact)
 
 def load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
     """Raises: CorruptFileError for a file of another shape."""
-    content = read_plain(path)  # one read tells None from `null`: the file may be written meanwhile
+    content = read_plain(path)  # a single read: the file may appear between two; None is not `null`
     return None if content is None else parse_fact(content, path, kind)
 
 

@@ -1,9 +1,9 @@
 """The content of a run directory, read once. `status`, `why`, `watch`, `report`, `stop` and `logs`
 answer from it, and a launch decides by it under the lease.
 
-The lease is checked first. A run that no process holds does not change while it is read, so
-everything read after that check is final. `plan` interprets the facts; checkpoints are in
-`checkpoints`.
+The lease is checked first. A run that no process holds does not change while it is read, so if the
+lease is free, everything read after that check is final. `plan` interprets the facts; checkpoints
+are in `checkpoints`.
 """
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ def _is_loaded(path: Path) -> bool:
 
 
 def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
-    """One line for each file that `model/` needs and that differs in the new export next to it.
+    """One line for each file that `model/` needs and whose copy in the new export next to it is
+    missing or differs from its record.
 
     Intact files of `model/` are kept, so another version of a library may write those differently.
     """

@@ -129,6 +129,7 @@ class TrainResult(Fact):
     # recorded no checksums, so it cannot be verified.
     files: dict[InnerName, FileRecord] | None = None
     # None in the fields below: an older run did not record it.
+    # Of the trained parameters, before step 1: `model.weights.hash_parameters`.
     initial_weights_hash: Sha256 | None = None
     # Of the row ids in training order: `sft.order.hash_order`.
     row_order_hash: Sha256 | None = None

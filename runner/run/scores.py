@@ -1,6 +1,6 @@
 """Compares a result with the scores of its rows: `result.json` sums up `eval_rows.jsonl`.
 
-The types in `record` check single scores (finite, not negative, consistent counts) when a result is
+The types in `result` check single scores (finite, not negative, consistent counts) when a result is
 read.
 """
 
@@ -19,8 +19,8 @@ _NUM_SHOWN: Final = 5
 
 
 def find_impossible(row: Mapping[str, Any]) -> str | None:
-    """The first impossible number of a row, with its name; None if there is none. A field that is
-    missing was not recorded by an older run.
+    """The first impossible number of a row, with its name; None if there is none. Missing fields
+    are not checked, because older runs did not record all of them.
 
     >>> find_impossible({"nll_sum": -2.0, "num_tokens": 3})
     'nll_sum is -2.0, but a sum of negative log-likelihoods must be finite and at least 0'

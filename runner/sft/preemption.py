@@ -57,8 +57,8 @@ class Preemption:
             self._is_training = True
 
     def end_training(self, step: int) -> None:
-        """Stop if the ranks agreed to, or if a request came although training has just finished;
-        the next attempt then computes the scores.
+        """Stop if the ranks agreed to, or if a request came just before training finished without
+        it; the next attempt then computes the scores.
 
         Raises:
             PreemptedError: the attempt is over.
@@ -67,7 +67,7 @@ class Preemption:
             self._is_training = False
             why = self._agreed_on or self._asked_by
         if why is not None:
-            raise PreemptedError(f"{why}: left at step {step}, which is saved")
+            raise PreemptedError(f"{why}: stopped at step {step}, which is saved")
 
     def agree(self, device: Any) -> bool:
         """True if the attempt ends here, on every rank alike; all ranks must call this at the same
@@ -127,7 +127,7 @@ class Preemption:
             if not self._is_training:
                 # The main thread may hold the lock of a stream.
                 os.write(2, f"stopping: {why}\n".encode())
-                message = f"{why}: left outside training, nothing was to be saved"
+                message = f"{why}: stopped outside training, so there was nothing to save"
                 _leave(record, Failure(kind="preempted", message=message))
 
 

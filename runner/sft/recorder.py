@@ -373,8 +373,8 @@ class Recorder:
             self._model_files = record_model(paths.model_dir)
 
     def mend_export(self, trainer: Trainer, best_step: int, manifest: Manifest) -> None:
-        """Write the weights in memory, those of `best_step`, next to `model/`, and replace it if
-        they match the recorded export.
+        """Write the weights in memory, those of `best_step`, next to `model/`. If they match the
+        recorded export, move the files that `model/` lacks, or has damaged, into place.
 
         Raises:
             ExportError: a file that `model/` needs would differ; `model/` stays as it is.

@@ -56,8 +56,8 @@ def describe_arguments(context: RunContext, trainer: Trainer) -> dict[str, Any]:
 
 
 def _name_infinities(value: Any) -> Any:
-    """A value with numbers that JSON cannot write as texts. Accelerate, for example, turns off
-    DeepSpeed's printing with an infinite number of steps.
+    """A value in which texts replace the numbers that JSON cannot write. For example,
+    Accelerate turns off DeepSpeed's printing with an infinite number of steps.
     """
     if isinstance(value, Mapping):
         return {name: _name_infinities(one) for name, one in value.items()}

@@ -169,7 +169,8 @@ def _is_ours_alone(descriptor: int) -> bool:
     """True if no other process has the file open; none can open it, either, until the descriptor
     is closed.
     """
-    # The kernel signals a process that wants the file; its default, SIGIO, would end this one.
+    # The kernel sends us a signal if another process opens the file. Its default, SIGIO, would end
+    # this process.
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)

@@ -186,7 +186,7 @@ def test_a_list_of_rows_may_stand_in_an_object(tmp_path: Path) -> None:
     path.write_text('{"version": "1.0", "data": [{"a": 1}], "info": {"x": 2}}')
     aside: dict[str, tuple[str, ...]] = {}
     assert list(load_file(path, aside)) == [(f"{path} `data` row 1", {"a": 1})]
-    assert aside == {"keys beside the rows": (f"{path}: `version`", f"{path}: `info`")}
+    assert aside == {"keys next to the rows": (f"{path}: `version`", f"{path}: `info`")}
 
 
 def test_an_object_with_one_conversation_is_a_row(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_keys_beside_a_list_of_rows_are_told(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"version": 2, "rows": [{"q": 1}]}')
     loaded = load_rows(DataSource(path=str(tmp_path)))
     assert len(list(loaded)) == 1
-    assert loaded.count_skipped() == {f"keys beside the rows ({tmp_path}/a.json: `version`)": 1}
+    assert loaded.count_skipped() == {f"keys next to the rows ({tmp_path}/a.json: `version`)": 1}
 
 
 def save(target: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:

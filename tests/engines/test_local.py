@@ -159,7 +159,7 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
         assert (attempt["started"], attempt["failure"]["kind"]) == ("warm", "preempted")
         assert (
             attempt["failure"]["message"]
-            == f"the runner was stopped by {number.name}: left at step 1, which is saved"
+            == f"the runner was stopped by {number.name}: stopped at step 1, which is saved"
         )
         assert attempt["ended_at_utc"] and attempt["exit_status"] == 0
         assert fake.paths(name).attempt(1).log_path.read_text().splitlines()[-1] == (
@@ -227,7 +227,7 @@ def test_a_terminal_that_goes_away_takes_no_checkpoint_with_it(fake: FakeLaunche
     [attempt] = fake.attempts("a")
     assert (
         attempt["failure"]["message"]
-        == "the runner was stopped by SIGHUP: left at step 1, which is saved"
+        == "the runner was stopped by SIGHUP: stopped at step 1, which is saved"
     )
 
 
@@ -260,7 +260,7 @@ def test_a_broken_pipe_takes_no_checkpoint_with_it(fake: FakeLauncher) -> None:
     [attempt] = fake.attempts("a")
     assert (
         attempt["failure"]["kind"] == "preempted"
-        and "SIGINT: left at step 1" in attempt["failure"]["message"]
+        and "SIGINT: stopped at step 1" in attempt["failure"]["message"]
     )
 
 

@@ -200,7 +200,7 @@ def test_a_changed_recipe_file_and_a_missing_one(fake: FakeLauncher, why: Any) -
 def test_a_run_that_is_refused_is_not_said_to_go_on(
     fake: FakeLauncher, why: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    end_with(interrupted(fake), "preempted", "left at step 4, which is saved")
+    end_with(interrupted(fake), "preempted", "stopped at step 4, which is saved")
     hint = value_of(why(RECIPE), "hint")
     assert hint == "`runner rerun runs/toy/a` resumes from the newest checkpoint"
     assert main(["rerun", "runs/toy/a", "--dry-run"]) == 0

@@ -86,7 +86,7 @@ def test_outside_training_it_leaves_at_once_also_from_inside_a_library(
     rank.process.send_signal(number)
     assert rank.failure() == (
         "preempted",
-        f"{number.name} on rank 0: left outside training, nothing was to be saved",
+        f"{number.name} on rank 0: stopped outside training, so there was nothing to save",
     )
     assert rank.process.returncode == 1
     rank.end()
@@ -103,7 +103,7 @@ def test_the_stop_file_asks_the_attempt_that_it_names_and_rank_0_alone_looks(
     for text in ("", "{", '{"attempt": "three"}'):
         paths.stop_path.write_text(text)
     write_json_atomic(paths.stop_path, StopRequest(attempt=3, why="enough").model_dump())
-    assert ranks[0].failure()[1].startswith("enough: left outside training")
+    assert ranks[0].failure()[1].startswith("enough: stopped outside training")
     ranks[1].tell("pass")
     assert ranks[1].process.poll() is None
     for rank in ranks:
@@ -123,7 +123,7 @@ def test_inside_training_it_stays_until_the_end_of_the_step(tmp_path: Path) -> N
     rank.process.stdin.write("preemption.end_training(7)\n")
     rank.process.stdin.flush()
     _, stderr = rank.process.communicate()
-    assert "PreemptedError: SIGUSR1 on rank 0: left at step 7, which is saved" in stderr
+    assert "PreemptedError: SIGUSR1 on rank 0: stopped at step 7, which is saved" in stderr
     assert not rank.paths.attempt(3).attempt_dir.exists(), "the caller records it"
 
 
@@ -133,7 +133,9 @@ def test_training_that_ends_by_itself_while_it_is_asked_leaves_too(tmp_path: Pat
     preemption.end_training(4)
     preemption.begin_training()
     preemption._asked_by = "SIGTERM on rank 0"
-    with pytest.raises(PreemptedError, match="SIGTERM on rank 0: left at step 4, which is saved"):
+    with pytest.raises(
+        PreemptedError, match="SIGTERM on rank 0: stopped at step 4, which is saved"
+    ):
         preemption.end_training(4)
 
 

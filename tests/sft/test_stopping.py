@@ -129,7 +129,7 @@ def find_processes(runner_pid: int) -> dict[str, int]:
 def step_left(paths: RunPaths, attempt: int, rank: int = 0) -> int:
     """The step at which a rank reports that it left."""
     failure = load_json(paths.attempt(attempt).failure_path(rank))
-    found = re.search(r": left at step (\d+), which is saved", failure["message"])
+    found = re.search(r": stopped at step (\d+), which is saved", failure["message"])
     assert failure["kind"] == "preempted" and found, failure
     return int(found[1])
 
@@ -158,8 +158,8 @@ def test_ctrl_c_and_runner_stop_save_the_step_and_the_run_ends_with_the_same_byt
     said = [
         attempt["failure"] and attempt["failure"]["message"] for attempt in read_attempts(paths)
     ]
-    assert said[0].startswith("the runner was stopped by SIGINT: left at step ")
-    assert said[1].startswith("asked by `runner stop`: left at step ") and said[2] is None
+    assert said[0].startswith("the runner was stopped by SIGINT: stopped at step ")
+    assert said[1].startswith("asked by `runner stop`: stopped at step ") and said[2] is None
     assert_same_outputs(paths, alone)
 
 

@@ -215,7 +215,7 @@ elif verb == "obey":  # the stop file, as the trainer does; with words, it compl
     if words == "too late":
         complete(digest)
     else:
-        message = request["why"] + ": left at step 1, which is saved"
+        message = request["why"] + ": stopped at step 1, which is saved"
         failure = dict(kind="preempted", message=message)
         (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
 elif verb == "leave":  # a process of its group that outlives it

@@ -1,10 +1,10 @@
 """The task `math_tools`: mathematics with tools, judged by the final answers.
 
-Two answers are compared as texts, and if these differ by math-verify in a separate process: this
-module, run as a program. The process has a limit of CPU time and memory for each pair, because a
-generated `9^{9^{9^9}}` keeps a computer algebra system busy for ever, inside C code that no signal
-handler can interrupt. math-verify's own timeouts use wall clock time, so a busy machine could
-change a score. A pair that exceeds the limit is unequal.
+Two answers are compared as texts. If the texts differ, math-verify compares them in a separate
+process: this module, run as a program. The process has a limit of CPU time and memory for each
+pair, because a generated `9^{9^{9^9}}` keeps a computer algebra system busy for ever, inside C code
+that no signal handler can interrupt. math-verify's own timeouts are signals on wall clock time, so
+a busy machine could also change a score. A pair that exceeds the limit is unequal.
 """
 
 from __future__ import annotations

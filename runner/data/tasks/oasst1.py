@@ -192,7 +192,7 @@ def read_trees(rows: Iterable[tuple[str, Any]], task: Oasst1Task) -> TreePaths:
                     f"{where}: the message id {message.message_id!r} is taken"
                     f" by another in {known.where}"
                 )
-            left_out["messages that stand twice"] += 1
+            left_out["messages that occur twice"] += 1
     forest = _Forest(messages, task, left_out)
     paths = tuple(
         path
@@ -293,7 +293,7 @@ class _Forest:
             return []
         chosen = self._list_paths(root, answered)
         used = {message.message_id for path in chosen for message in path}
-        self._left_out["replies beside the best-ranked path"] += len(answered) - len(used)
+        self._left_out["replies outside the best-ranked path"] += len(answered) - len(used)
         tree_id = root.message_tree_id or root.message_id
         return [TreePath(tuple(path), tree_id) for path in chosen]
 

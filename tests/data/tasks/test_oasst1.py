@@ -95,7 +95,7 @@ def test_the_best_path_and_all_paths() -> None:
     assert names(TREE) == ["a ac ace acef"]
     assert read(TREE).left_out == {
         "messages that no assistant answers": 1,
-        "replies beside the best-ranked path": 2,
+        "replies outside the best-ranked path": 2,
     }
     assert names(TREE, ALL) == ["a ac ace acef", "a ab", "a ag"]
     assert read(TREE, ALL).left_out == {"messages that no assistant answers": 1}
@@ -141,7 +141,7 @@ def test_nothing_below_a_message_that_is_left_out_is_used(
     assert read(rows).left_out == {
         reason: 1,
         "messages below one that is left out": 3,
-        "replies beside the best-ranked path": 1,
+        "replies outside the best-ranked path": 1,
     }
 
 
@@ -203,7 +203,7 @@ def test_orphans_and_circles_are_counted() -> None:
 
 def test_a_message_that_stands_twice_counts_once_unless_it_differs() -> None:
     found = read([*TREE, *TREE[:3]])
-    assert len(found.paths) == 1 and found.left_out["messages that stand twice"] == 3
+    assert len(found.paths) == 1 and found.left_out["messages that occur twice"] == 3
     with pytest.raises(
         DataError, match=r"^m\.jsonl line 8: the message id 'ab' is taken by another in .* line 2"
     ):
