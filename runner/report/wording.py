@@ -408,7 +408,7 @@ def describe_base(rows: Sequence[ReportRow]) -> str:
     verb = "beats its" if base.num_better == base.num_completed == 1 else "beat their"
     text = (
         f"{base.num_better:,} of {base.num_completed:,} completed {runs} {verb} base model"
-        " on test NLL"
+        " on test NLL per completion token"
     )
     text += f"; no better: {name_some(base.not_better)}" if base.not_better else ""
     return text + (f"; unknown: {name_some(base.unknown)}" if base.unknown else "") + "."
