@@ -351,6 +351,21 @@ def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> l
     ]
 
 
+def describe_noise_floors(effects: Sequence[Effect], constant: Collection[str] = ()) -> str:
+    """Returns each noise floor with the cells that it applies to, which are left out if there is
+    one floor; empty if no effect has a floor.
+    """
+    scopes: dict[str, list[str]] = {}
+    for effect in effects:
+        if effect.noise_floor is not None:
+            floor = f"{effect.noise_floor:.4f}"
+            scopes.setdefault(floor, []).append(name_scope(effect, constant))
+    if len(scopes) < 2:
+        return "".join(scopes)
+    floors = sorted(scopes, key=float)
+    return ", ".join(f"{floor} ({name_some(scopes[floor], '; ')})" for floor in floors)
+
+
 def variance(interval: Interval | None, part: Literal["seed", "row", "res"]) -> str:
     """Formats one part of the variance of an estimate with its degrees of freedom; blank if that
     part is unknown.
