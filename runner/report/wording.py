@@ -351,6 +351,26 @@ def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> l
     ]
 
 
+def name_library(name: str) -> str:
+    """Returns the name for people of an entry of `versions`.
+
+    >>> name_library("cuda"), name_library("driver"), name_library("torch")
+    ('CUDA', 'NVIDIA driver', 'torch')
+    """
+    return {"cuda": "CUDA", "driver": "NVIDIA driver"}.get(name, name)
+
+
+def describe_version(name: str, recorded: str) -> str:
+    """Returns a recorded version, or versions joined by ` then `, with a plain text for `absent`.
+
+    >>> describe_version("cuda", "absent"), describe_version("bitsandbytes", "absent then 0.48")
+    ('none', 'not installed then 0.48')
+    """
+    plain = "none" if name in ("cuda", "driver") else "not installed"
+    parts = recorded.split(" then ")
+    return " then ".join(plain if part == "absent" else part for part in parts)
+
+
 def describe_noise_floors(effects: Sequence[Effect], constant: Collection[str] = ()) -> str:
     """Returns each noise floor with the cells that it applies to, which are left out if there is
     one floor; empty if no effect has a floor.
