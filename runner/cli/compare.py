@@ -306,7 +306,7 @@ def _describe_not_read(certificate: Certificate) -> str:
 
 def _describe_unexplained(certificate: Certificate) -> str:
     axis = f"the axis {certificate.axis}"
-    if unexplained := [line.what for line in certificate.unexplained]:
+    if unexplained := [line.title for line in certificate.unexplained]:
         return f"**{axis} does not explain** {', '.join(unexplained)}."
     if not certificate.not_read:
         return f"Every difference is explained by {axis}."
@@ -332,10 +332,10 @@ def _draw_differences(certificate: Certificate, lines: Sequence[CertificateLine]
     if not lines:
         yield "Nothing that was recorded."
         return
-    what = build_column("what", lines, lambda line: line.what, is_numeric=False)
+    what = build_column("what", lines, lambda line: line.title, is_numeric=False)
     columns = [
-        build_column("A", lines, lambda line: line.value_a, is_numeric=False),
-        build_column("B", lines, lambda line: line.value_b, is_numeric=False),
+        build_column("A", lines, lambda line: line.text_a, is_numeric=False),
+        build_column("B", lines, lambda line: line.text_b, is_numeric=False),
     ]
     if len(certificate.pairs) > 1:
         columns.append(build_column("pairs", lines, lambda line: str(line.num_pairs)))

@@ -25,6 +25,9 @@ from runner.recipe.habits import Answer, find_answer, list_names
 from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
 from runner.secrets import find_secret
 
+# Fewest characters of a value's beginning, or of any part of it, that suggest this value
+_MIN_PREFIX: Final = 3
+_MIN_PART: Final = 5
 _MAX_DEPTH: Final = 100
 # Shorter texts cannot nest deep enough to matter. libyaml's time grows with the square of the depth
 # of brackets (0.6 s for 20,000). A few ten thousand question marks crash the process, because it
@@ -376,16 +379,17 @@ def _describe(
             r"'([^']*)'|\b(True|False|\d+)\b", str(detail.get("ctx", {}).get("expected", ""))
         )
         names = [text or other.lower() for text, other in choices]
-        return f"got {found}, expected {_list_names(names)}{suggest(str(detail['input']), names)}"
+        return f"got {found}, expected {_list_names(names)}{_suggest_value(detail['input'], names)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         context = detail.get("ctx", {})
         field = str(context.get("discriminator", "")).strip("'")
-        names = re.findall(r"'([^']*)'|\b(?:True|False)\b", str(context.get("expected_tags", "")))
+        tags = re.findall(r"'([^']*)'|\b(?:True|False)\b", str(context.get("expected_tags", "")))
+        names = [name for name in tags if name]
         if kind == "union_tag_not_found":
             return f"needs the key `{field}`{_describe_fitting(detail, path, field, model)}"
         return (
             f"`{field}` is {_name_value(context.get('tag'))}, expected"
-            f" {_list_names([n for n in names if n])}"
+            f" {_list_names(names)}{_suggest_value(context.get('tag'), names)}"
         )
     if kind in _EXPECTED:
         answer, is_override = find(path[0]) if len(path) == 1 else (None, False)
@@ -515,6 +519,32 @@ def suggest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     """A question to end an error message with, or an empty text."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f", did you mean `{close[0]}`?" if close else ""
+
+
+def _reduce(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def _suggest_value(found: Any, known: Sequence[str]) -> str:
+    """A question with the closest accepted value, or an empty text. Case, `_` and `-` do not count.
+    Of the values that begin with the found text, the one that most others extend is the closest.
+
+    >>> _suggest_value("adam_w", ["adamw_8bit", "adamw_torch", "adamw_torch_fused", "grokadamw"])
+    ', did you mean `adamw_torch`?'
+    """
+    text = _reduce(str(found))
+    by_text = {_reduce(name): name for name in known}
+    if text not in by_text and len(text) >= _MIN_PREFIX:
+        candidates = [one for one in by_text if one.startswith(text)]
+        if not candidates and len(text) >= _MIN_PART:
+            candidates = [one for one in by_text if text in one]
+
+        def rank(name: str) -> tuple[int, int]:
+            return sum(one.startswith(name) for one in by_text), -len(name)
+
+        text = max(candidates, key=rank, default=text)
+    close = difflib.get_close_matches(text, by_text, n=1)
+    return f", did you mean `{by_text[close[0]]}`?" if close else ""
 
 
 def _list_names(names: list[str]) -> str:

@@ -20,6 +20,12 @@ UPDATES: Final = "updates"
 TRAINED_TOKENS: Final = "trained tokens"
 ROW_ORDER: Final = "order of the rows"
 # Differences in these do not matter if the files themselves are equal by hash
+# Titles of the hashes of a split, by their names in `samples.json`
+SPLIT_HASHES: Final = {
+    "ids_hash": "{split} rows",
+    "input_ids_hash": "input_ids of the {split} rows",
+    "mask_hash": "label masks of the {split} rows",
+}
 SOURCE_STATES: Final = ("version of the runner", "commit of the runner", "uncommitted changes")
 
 # Training length, without the number of rows: an axis of rows never explains other updates
@@ -91,10 +97,10 @@ def _list_of_split(split: str, rows: Sequence[ReportRow]) -> list[Fact]:
         return lambda row: row.split_hashes.get(split, {}).get(name)
 
     drawn, read = _list_causes_of_rows(split, rows), _list_causes_of_tokens(split, rows)
+    causes = {"ids_hash": drawn, "input_ids_hash": read, "mask_hash": (*read, "loss")}
     facts = [
-        Fact("rows", f"{split} rows", of("ids_hash"), drawn),
-        Fact("rows", f"input_ids of the {split} rows", of("input_ids_hash"), read),
-        Fact("rows", f"label masks of the {split} rows", of("mask_hash"), (*read, "loss")),
+        Fact("rows", title.format(split=split), of(name), causes[name])
+        for name, title in SPLIT_HASHES.items()
     ]
     if split == "test":
         for name, what in (("num_completion_tokens", "scored tokens"), ("num_bytes", "bytes")):

@@ -17,7 +17,7 @@ from runner.report.cells import is_one_recipe
 from runner.report.effects import Cell, Metric
 from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS
 from runner.report.rows import ReportRow, axis_text, group_by_rules, group_by_test_rows
-from runner.report.wording import name_some
+from runner.report.wording import describe_version, name_library, name_some
 
 # Relative tolerance for two scores of one base model at step 0: sums in narrow dtypes depend on the
 # batch and the device
@@ -390,8 +390,10 @@ def _flag_versions(arms: Arms) -> str:
     for name in names:
         by_version = Counter(run.versions.get(name, "not recorded") for run in runs)
         if len(by_version) > 1:
-            counts = " and ".join(f"{value} ({count})" for value, count in by_version.items())
-            other.append(f"{name} {counts}")
+            counts = " and ".join(
+                f"{describe_version(name, value)} ({count})" for value, count in by_version.items()
+            )
+            other.append(f"{name_library(name)} {counts}")
     return f"versions differ between the runs: {name_some(other, '; ')}" if other else ""
 
 

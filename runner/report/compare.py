@@ -22,6 +22,7 @@ from runner.report.certificate_facts import (
     list_facts,
 )
 from runner.report.rows import ReportRow, axis_key, axis_text
+from runner.report.wording import describe_version, name_library
 from runner.text import cut_middle
 
 # close: different numbers that are equal within the precision of their dtype
@@ -51,6 +52,24 @@ class CertificateLine:
     explained_by: str | None = None
     within: str = ""  # tolerance of numbers that are close, such as "0.5%"
 
+    @property
+    def title(self) -> str:
+        """`what` in text for people."""
+        return name_library(self.what) if self.section == "software" else self.what
+
+    @property
+    def text_a(self) -> str:
+        """`value_a` in text for people."""
+        return self._describe_value(self.value_a)
+
+    @property
+    def text_b(self) -> str:
+        """`value_b` in text for people."""
+        return self._describe_value(self.value_b)
+
+    def _describe_value(self, value: str) -> str:
+        return describe_version(self.what, value) if self.section == "software" else value
+
     def describe(self) -> str:
         """Returns the line as one sentence without a full stop.
 
@@ -60,13 +79,13 @@ class CertificateLine:
         'base: 4.737 and 4.76, equal within 0.5%'
         """
         if self.status == "close":
-            if VARIOUS in (self.value_a, self.value_b):
-                return f"{self.what}: equal within {self.within} in each pair"
-            return f"{self.what}: {self.value_a} and {self.value_b}, equal within {self.within}"
+            if VARIOUS in (self.text_a, self.text_b):
+                return f"{self.title}: equal within {self.within} in each pair"
+            return f"{self.title}: {self.text_a} and {self.text_b}, equal within {self.within}"
         if self.status == "differs":
-            return f"{self.what}: {self.value_a} -> {self.value_b}"
-        shown = self.value_a if self.status == "equal" and self.value_a != VARIOUS else ""
-        return f"{self.what}: {shown}" if shown else self.what
+            return f"{self.title}: {self.text_a} -> {self.text_b}"
+        shown = self.text_a if self.status == "equal" and self.text_a != VARIOUS else ""
+        return f"{self.title}: {shown}" if shown else self.title
 
 
 @dataclass(frozen=True)

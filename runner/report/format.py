@@ -35,6 +35,7 @@ from runner.report.wording import (
     describe_direction,
     describe_equivalence,
     describe_interaction,
+    describe_noise_floors,
     describe_replication,
     describe_standing,
     is_of_single_runs,
@@ -353,9 +354,8 @@ def _list_notes(
             yield f"{scope}: {equivalence}"
         if effect.why_exploratory:
             yield f"{scope}: {effect.why_exploratory}"
-    floors = {effect.noise_floor for effect in shown if effect.noise_floor is not None}
-    if floors:
-        yield f"noise floor: {' or '.join(f'{floor:.4f}' for floor in sorted(floors))}"
+    if floors := describe_noise_floors(shown, constant):
+        yield f"noise floor: {floors}"
 
 
 def _describe_cells(report: Report) -> Iterator[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from runner.grid.spec import SEED_AXIS
+from runner.report.certificate_facts import SPLIT_HASHES
 from runner.report.compare import Certificate, build_certificate
 from runner.report.effects import AxisEffects, Report
 from runner.report.labels import describe_contrast, describe_source, list_all
@@ -22,7 +23,7 @@ from runner.report.page_parts import (
     build_table,
 )
 from runner.report.rows import ReportRow, axis_key, list_axes
-from runner.report.wording import count
+from runner.report.wording import count, describe_version, name_library
 from runner.strict import thaw
 
 NOT_RECORDED: Final = "not recorded"
@@ -92,11 +93,11 @@ def _build_certificate(title: str, name: str, one: Certificate) -> PageCertifica
     for line in sorted(one.lines, key=lambda line: order.index(line.status)):
         is_open = line.status == "differs" and line.explained_by is None
         cells = [
-            PageCell(line.what),
+            PageCell(line.title),
             PageCell(line.section),
             PageCell(f"within {line.within}" if line.status == "close" else line.status),
-            PageCell(line.value_a),
-            PageCell(line.value_b),
+            PageCell(line.text_a),
+            PageCell(line.text_b),
             PageCell(line.explained_by or ""),
         ]
         rows.append(("unexplained" if is_open else line.status.replace(" ", "-"), cells))
@@ -173,10 +174,16 @@ def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
 
         return fact(find)
 
+    def version_of(library: str) -> Getter:
+        def find(row: ReportRow) -> str | None:
+            found = row.versions.get(library)
+            return None if found is None else describe_version(library, found)
+
+        return fact(find)
+
     commits = dict.fromkeys(key for row in rows for key in row.commits)
     versions = dict.fromkeys(key for row in rows for key in row.versions)
     splits = dict.fromkeys(split for row in rows for split in row.split_hashes)
-    hashes = ("ids_hash", "input_ids_hash", "mask_hash")
     return [
         ("updates", fact(lambda row: row.updates)),
         ("trained tokens", fact(lambda row: row.num_trained_tokens)),
@@ -185,12 +192,12 @@ def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
         ("order of rows", fact(lambda row: row.row_order_hash)),
         ("rules of rows and masks", fact(lambda row: row.rules)),
         *(
-            (f"{split} rows: {name}", entry("split_hashes", split, name))
+            (title.format(split=split), entry("split_hashes", split, name))
             for split in splits
-            for name in hashes
+            for name, title in SPLIT_HASHES.items()
         ),
         *((f"commit of {key}", entry("commits", key)) for key in commits),
-        *((f"version of {key}", entry("versions", key)) for key in versions),
+        *((f"version of {name_library(key)}", version_of(key)) for key in versions),
         ("source of the runner", fact(lambda row: row.source_hash)),
         ("version of the runner", fact(lambda row: row.runner_version)),
         ("commit of the runner", fact(lambda row: row.runner_commit)),

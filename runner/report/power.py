@@ -28,6 +28,7 @@ from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS, NLL_PER_COMPLET
 from runner.report.rows import ReportRow, axis_text, list_axes, list_metrics, list_values
 from runner.report.statistics import CellScores, per_seed_cell
 from runner.report.variances import measure
+from runner.report.wording import count
 from runner.run.paths import RunPaths
 from runner.run.record import list_trained, load_record
 from runner.text import align, cut, cut_middle
@@ -81,6 +82,7 @@ class PowerReport:
     power: float
     num_cells: int
     num_seeds: int  # of most cells
+    range_of_seeds: tuple[int, int]  # with scores, lowest and highest of all cells; not in JSON
     num_runs: int  # with scores
     num_all_runs: int
     num_test_rows: int
@@ -160,6 +162,10 @@ class _Planner:
             power=self.power,
             num_cells=len(self.cells),
             num_seeds=num_seeds,
+            range_of_seeds=(
+                min(counts) if len(counts) == len(self.cells) else 0,
+                max(counts),
+            ),
             num_runs=sum(counts),
             num_all_runs=sum(len(cell.runs) for cell in self.cells),
             num_test_rows=max(len(one.row_ids) for one in self.aligned),
@@ -398,11 +404,15 @@ def _measure_hours(run: ReportRow) -> float | None:
 
 def format_power(report: PowerReport) -> str:
     """Returns the plan as text, at most 120 columns wide."""
+    low, high = report.range_of_seeds
+    seeds = f"mostly {count(report.num_seeds, 'seed')} each ({low} to {high})"
+    if low == high:
+        seeds = f"{count(low, 'seed')} each"
     unit = report.metric.unit if report.metric.unit != report.metric.title else "its own units"
     lines = [
         f"{report.grid}, {report.task}: {report.metric.title}, in {unit}",
         f"pilot: {report.num_runs} of {report.num_all_runs} runs scored, {report.num_cells} cells,"
-        f" mostly {report.num_seeds} seeds each, {report.num_test_rows} test rows",
+        f" {seeds}, {report.num_test_rows} test rows",
         "",
         "standard deviation of runs that differ only in the seed",
         *_format_pools(report.pools),
@@ -426,6 +436,7 @@ def format_power(report: PowerReport) -> str:
 def as_json(report: PowerReport) -> dict[str, Any]:
     """Returns the plan for scripts; `limits` is the 95% interval of a standard deviation."""
     content = asdict(report)
+    del content["range_of_seeds"]
     content["pools"] = [
         asdict(pool) | {"sd": pool.sd, "limits": [pool.limit(0.025), pool.limit(0.975)]}
         for pool in report.pools

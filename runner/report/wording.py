@@ -351,6 +351,41 @@ def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> l
     ]
 
 
+def name_library(name: str) -> str:
+    """Returns the name for people of an entry of `versions`.
+
+    >>> name_library("cuda"), name_library("driver"), name_library("torch")
+    ('CUDA', 'NVIDIA driver', 'torch')
+    """
+    return {"cuda": "CUDA", "driver": "NVIDIA driver"}.get(name, name)
+
+
+def describe_version(name: str, recorded: str) -> str:
+    """Returns a recorded version, or versions joined by ` then `, with a plain text for `absent`.
+
+    >>> describe_version("cuda", "absent"), describe_version("bitsandbytes", "absent then 0.48")
+    ('none', 'not installed then 0.48')
+    """
+    plain = "none" if name in ("cuda", "driver") else "not installed"
+    parts = recorded.split(" then ")
+    return " then ".join(plain if part == "absent" else part for part in parts)
+
+
+def describe_noise_floors(effects: Sequence[Effect], constant: Collection[str] = ()) -> str:
+    """Returns each noise floor with the cells that it applies to, which are left out if there is
+    one floor; empty if no effect has a floor.
+    """
+    scopes: dict[str, list[str]] = {}
+    for effect in effects:
+        if effect.noise_floor is not None:
+            floor = f"{effect.noise_floor:.4f}"
+            scopes.setdefault(floor, []).append(name_scope(effect, constant))
+    if len(scopes) < 2:
+        return "".join(scopes)
+    floors = sorted(scopes, key=float)
+    return ", ".join(f"{floor} ({name_some(scopes[floor], '; ')})" for floor in floors)
+
+
 def variance(interval: Interval | None, part: Literal["seed", "row", "res"]) -> str:
     """Formats one part of the variance of an estimate with its degrees of freedom; blank if that
     part is unknown.
@@ -408,7 +443,7 @@ def describe_base(rows: Sequence[ReportRow]) -> str:
     verb = "beats its" if base.num_better == base.num_completed == 1 else "beat their"
     text = (
         f"{base.num_better:,} of {base.num_completed:,} completed {runs} {verb} base model"
-        " on test NLL"
+        " on test NLL per completion token"
     )
     text += f"; no better: {name_some(base.not_better)}" if base.not_better else ""
     return text + (f"; unknown: {name_some(base.unknown)}" if base.unknown else "") + "."

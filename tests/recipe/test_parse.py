@@ -552,3 +552,29 @@ def test_no_edit_and_no_override_is_more_than_a_wrong_recipe(
 def test_no_trick_is_more_than_a_wrong_recipe(text: str) -> None:
     with pytest.raises(RecipeError):
         parse(text=text)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("training.optim=adam", "adamw_torch"),
+        ("training.optim=adam_w", "adamw_torch"),
+        ("training.optim=AdamW", "adamw_torch"),
+        ("training.optim=adamw8bit", "adamw_8bit"),
+        ("training.optim=lion32bit", "lion_32bit"),
+        ("training.optim=galore", "galore_adamw"),
+        ("training.optim=adamw_troch", "adamw_torch"),
+        ("training.lr_scheduler_type=Cosine", "cosine"),
+        ("training.lr_scheduler_type=cosine-with-restarts", "cosine_with_restarts"),
+        ("training.lr_scheduler_type=cosine_restarts", "cosine_with_restarts"),
+        ("training.lr_scheduler_type=plateau", "reduce_lr_on_plateau"),
+        ("training.lr_scheduler_type=lineer", "linear"),
+        ("model.dtype=bf16", "bfloat16"),
+        ("model.attn_implementation=flash", "flash_attention_2"),
+        ("evaluation.eval_strategy=epochs", "epoch"),
+        ("quantization.method=4_bit", "4bit"),
+    ],
+)
+def test_a_misspelt_value_gets_the_closest_one(override: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=rf", did you mean `{meant}`\?"):
+        parse(override)

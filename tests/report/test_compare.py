@@ -401,3 +401,10 @@ def test_what_cannot_be_subtracted_is_refused(tmp_path: Path) -> None:
     assert found["nll_per_completion_token"].interval is None
     assert "480 scored tokens" in found["nll_per_completion_token"].refused
     assert found["bits_per_byte"].interval is not None
+
+
+def test_a_library_that_is_missing_reads_plainly() -> None:
+    line = CertificateLine("software", "cuda", "differs", "absent", "12.8", 1)
+    assert line.describe() == "CUDA: none -> 12.8"
+    line = CertificateLine("software", "trl", "equal", "absent", "absent", 1)
+    assert line.describe() == "trl: not installed" and line.value_a == "absent"

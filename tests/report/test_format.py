@@ -236,6 +236,17 @@ def test_no_line_is_wider_than_a_terminal(tmp_path: Path) -> None:
     assert len(headers) > 1 and "stop reason" in headers[-1] and "tuned NLL" in headers[0]
 
 
+def test_each_noise_floor_names_its_cells(tmp_path: Path) -> None:
+    found = make_report(replicated_rows(tmp_path))
+    assert "- noise floor: 0.1200\n" in format_markdown(found)
+    first, *others = found.effects
+    at_60, at_180 = first.simple["samples"]
+    simple = {"samples": (replace(at_60, noise_floor=10.0), replace(at_180, noise_floor=9.0))}
+    effects = replace(first, simple=simple)
+    text = format_markdown(replace(found, effects=(effects, *others)))
+    assert "- noise floor: 9.0000 (samples=180), 10.0000 (samples=60)\n" in text
+
+
 def test_effects_at_many_long_values_fit_and_are_told_apart(tmp_path: Path) -> None:
     value = "a_value_of_some_length_number"
     axes = {

@@ -82,6 +82,20 @@ def test_the_answer_comes_first_and_everything_is_there(html: str) -> None:
     assert verdict < warning < html.index("<h2>Cells")
 
 
+def test_the_page_names_facts_as_a_certificate_does(tmp_path: Path) -> None:
+    report = make_report(tmp_path, **SMALL)
+    hashes = {"test": {"ids_hash": "1", "input_ids_hash": "2", "mask_hash": "3"}}
+    versions = {"cuda": "absent", "trl": "absent then 1.7"}
+    rows = tuple(replace(row, split_hashes=hashes, versions=versions) for row in report.rows)
+    html = build_page(replace(report, rows=rows)).html
+    facts = dict(re.findall("<dt>(.*?)</dt><dd><code>(.*?)</code>", html))
+    assert facts["test rows"] == "1" and facts["input_ids of the test rows"] == "2"
+    assert facts["label masks of the test rows"] == "3"
+    assert facts["version of CUDA"] == "none"
+    assert facts["version of trl"] == "not installed then 1.7"
+    assert "input_ids_hash" not in html
+
+
 def test_a_declaration_that_came_late_says_so(tmp_path: Path) -> None:
     report = make_report(tmp_path, **SMALL)
     one = DeclaredContrast.model_validate(

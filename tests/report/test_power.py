@@ -44,6 +44,7 @@ def test_a_grid_is_planned_for_cells_and_for_axes(tmp_path: Path) -> None:
     report = plan(runs, 0.02)
     assert (report.num_runs, report.num_cells, report.num_seeds) == (24, 8, 3)
     assert report.num_test_rows == 40
+    assert "8 cells, 3 seeds each, 40 test rows" in format_power(report)
     assert report.device_hours_per_run == pytest.approx(2 * HOURS)
     assert [(pool.name, pool.num_cells, pool.nu) for pool in report.pools] == [
         ("demo_models/gemma", 4, 8),
@@ -119,6 +120,7 @@ def test_cells_without_scores_are_told(tmp_path: Path) -> None:
         paths.eval_rows_path.unlink()
     report = plan(runs, 0.02)
     assert report.num_runs == 21
+    assert "8 cells, mostly 3 seeds each (0 to 3), 40 test rows" in format_power(report)
     assert any("Left out: gemma_full_60_s1 has no" in note for note in report.notes)
     assert "device hours are unknown" in format_power(report)
 
