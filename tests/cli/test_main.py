@@ -76,7 +76,6 @@ def test_python_dash_m_is_the_same(fake: FakeLauncher) -> None:
         ["sweep", "recipes/toy", "--list", "--dry-run"],
         ["launch", "recipes/toy/a.yaml", "--num-processes", "-1"],
         ["launch", "recipes/toy/a.yaml", "--dry-run", "--prepare"],
-        ["status", "--unknown"],
         ["check", "recipes/toy", "--schema-only", "--json"],
     ],
 )
