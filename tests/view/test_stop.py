@@ -27,7 +27,9 @@ def test_a_running_run_is_asked_and_the_sweep_goes_on_with_the_others(
     assert out.startswith("toy/a  asked attempt 1 to checkpoint and stop (training, step 1/2, on ")
     assert "1 run is not running" in err
     code, _, stderr = finish(sweep)
-    assert code == 1 and "toy/a stopped, preempted: asked by `runner stop`: left at step 1" in stderr
+    assert (
+        code == 1 and "toy/a stopped, preempted: asked by `runner stop`: left at step 1" in stderr
+    )
     assert fake.started() == ["a", "b"], "and not again"
     assert fake.attempts("a")[0]["started"] == "warm"
 
