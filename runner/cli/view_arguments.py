@@ -33,7 +33,7 @@ def add_view_verbs(verbs: Any) -> None:
         "recipe",
         type=Path,
         metavar="RUN",
-        help="a recipe file; or a run directory or name, read with its recorded recipe",
+        help="a recipe file or a name; or a run directory, read with its recorded recipe",
     )
     why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
     why.add_argument("--name", help="as for launch")
