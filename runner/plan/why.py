@@ -184,7 +184,7 @@ def gather_evidence(
                 recipe,
                 num_processes,
                 contents,
-                nothing_follows=_find_why_no_attempt(status, inputs_error),
+                nothing_follows=_find_why_no_attempt(status, verified or status, inputs_error),
             )
     return Evidence(
         contents,
@@ -212,15 +212,23 @@ def _read_inputs(recipe: Recipe, hashes: ContentHashes) -> tuple[dict[str, str],
         return found, error
 
 
-def _find_why_no_attempt(status: RunStatus, inputs_error: DataError | None) -> str | None:
-    """The reason why `runner launch` would not start an attempt; None if it would."""
+def _find_why_no_attempt(
+    status: RunStatus, verified: RunStatus, inputs_error: DataError | None
+) -> str | None:
+    """The reason why `runner launch`, which knows `status`, would not start an attempt; None if it
+    would.
+    """
     if inputs_error is not None:
         return "a launch would be refused: files that the recipe names are missing or unreadable"
     action = decide(status, retry_failed=True).action
     if action == "launch":
         return None
-    if action == "skip":
-        return f"nothing would be started: the run is {status.state}"
+    if action in ("skip", "push"):
+        unseen = ", but a launch checks only file sizes"
+        return (
+            f"nothing would be started: the run is {verified.state}"
+            f"{unseen if verified.state != status.state else ''}"
+        )
     why = ", ".join(status.obstacles) or f"the run is {status.state}"
     return f"a launch would be refused: {why}"
 
