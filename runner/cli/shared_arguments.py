@@ -113,6 +113,12 @@ def add_paths(
     add_output_root(parser)
 
 
+def add_overrides(parser: argparse.ArgumentParser, description: str) -> None:
+    """Optional overrides after one recipe."""
+    # Without a default, argparse lists it among the required arguments that are missing.
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=description)
+
+
 def add_output_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-root",

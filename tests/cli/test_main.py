@@ -90,6 +90,18 @@ def test_a_usage_error_is_2(
 
 
 @pytest.mark.parametrize(
+    ("verb", "name"), [("launch", "RECIPE"), ("masks", "RECIPE"), ("why", "RUN"), ("sweep", "PATH")]
+)
+def test_only_what_is_required_is_missing(
+    verb: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Overrides are optional."""
+    with pytest.raises(SystemExit):
+        main([verb])
+    assert capsys.readouterr().err.endswith(f"arguments are required: {name}\n")
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["sweep", "recipes/tox"], "no recipe, run or grid is named 'recipes/tox'"),
