@@ -131,7 +131,7 @@ def test_only_what_is_required_is_missing(
             ["launch", "recipes/toy/a.yaml", "--num-processes", "3"],
             "is not divisible by 3 processes",
         ),
-        (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl has "),
+        (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl looks like rows"),
         (["report", "nowhere"], "no recipe, run or grid is named 'nowhere'"),
     ],
 )
