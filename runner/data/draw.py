@@ -24,6 +24,7 @@ from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection, DataSource
 from runner.strict import list_texts
+from runner.text import format_count
 
 SPLITS: Final = ("train", "validation", "test")
 # The seed of the validation and test splits, independent of `data.seed`.
@@ -94,14 +95,18 @@ class LeftOut:
         for split, skipped in self.skipped.items():
             lines += [f"{split}: {count} {reason}, not read" for reason, count in skipped.items()]
         for split, columns in self.columns.items():
-            named = ", ".join(f"`{column}` ({count} rows)" for column, count in columns.items())
+            named = ", ".join(
+                f"`{column}` ({format_count(count, 'row')})" for column, count in columns.items()
+            )
             lines.append(f"{split}: not used in any row's text: {named}")
         for name in self.unknown:
             lines.append(f"nothing for `{name}` in `data.ignore`: no row has it")
         if self.num_left_out_by_group:
-            lines.append(f"{self.num_left_out_by_group} rows whose group is in another split")
+            lines.append(
+                f"{format_count(self.num_left_out_by_group, 'row')} whose group is in another split"
+            )
         if self.num_duplicates:
-            lines.append(f"{self.num_duplicates} duplicate rows")
+            lines.append(format_count(self.num_duplicates, "duplicate row"))
         return lines
 
 
@@ -363,7 +368,8 @@ def _draw(
     if len(pool) < count or count == 0:
         reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
         raise DataError(
-            f"{len(pool)} different rows are left for the {split} split, which needs"
+            f"{format_count(len(pool), 'different row')}"
+            f" {'is' if len(pool) == 1 else 'are'} left for the {split} split, which needs"
             f" {wanted or 'at least 1'}" + reasons,
             hint=(
                 f"lower `data.num_{split}_samples`,"

@@ -48,6 +48,7 @@ from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts
 from runner.run.failures import name_command, read_log_tail
 from runner.run.record import Attempt, BaseSource, load_base_source
+from runner.text import format_count
 
 # The rule for each state, in the order of `derive_status`: the first true one counts.
 RULES: Final[Mapping[State, str]] = {
@@ -344,7 +345,7 @@ def _describe_files(
         return None
     if not is_verifiable(facts):
         return NOT_VERIFIABLE
-    found = f"every byte of {len(facts.file_sizes)} files matches its record"
+    found = f"every byte of {format_count(len(facts.file_sizes), 'file')} matches its record"
     if not status.is_model_removed:
         return found
     if no_repair is None:
@@ -439,7 +440,7 @@ def _describe_next(found: Explanation) -> str:
         return f"{decision.action}: {decision.why}"
     if found.choice.refusal is not None:
         return f"refuse: {found.choice.refusal.message}"
-    processes = f"{found.num_processes} process{'es' if found.num_processes > 1 else ''}"
+    processes = format_count(found.num_processes, "process")
     if found.micro_batch_divisor > 1:
         processes += (
             f", micro-batches divided by {found.micro_batch_divisor} since it ran out of memory"

@@ -259,7 +259,7 @@ def test_what_is_submitted_holds_the_overrides(
         (bin_dir / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
     assert main(["sweep", "toy", LR, "--engine", "slurm"]) == 0
-    assert "submitted 1 runs as slurm 17" in capsys.readouterr().out
+    assert "submitted 1 run as slurm 17" in capsys.readouterr().out
     [submitted] = Path("runs/.slurm").glob("*/recipes/toy/*.json")
     assert submitted.name == f"{VARIANT}.json"
     assert main(["launch", str(submitted)]) == 0
