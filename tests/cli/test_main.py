@@ -209,7 +209,7 @@ def test_status_is_a_line_per_run_and_json_for_scripts(
         ["toy/bb", "pending"],
         ["toy/ccc", "failed"],
     ]
-    assert lines[0][2] == "2/2" and lines[2][2:4] == ["1/2", "0.2500"]
+    assert lines[0][2] == "2/2" and lines[2][2:5] == ["1/2", "loss", "0.2500"]
     assert lines[2][-3:] == ["data:", "row", "7"], "the first line of a reason"
     assert main(["status", "recipes/toy", "--json"]) == 0
     a, bb, ccc = json.loads(capsys.readouterr().out)
