@@ -126,6 +126,21 @@ def format_seconds(seconds: float) -> str:
     return f"{days} d {hours} h"
 
 
+def format_count(number: int, noun: str) -> str:
+    """A number of things. The last word of `noun`, in the singular, gets its plural.
+
+    >>> format_count(1, "run"), format_count(1_200, "test row"), format_count(2, "process")
+    ('1 run', '1,200 test rows', '2 processes')
+    >>> format_count(2, "query"), format_count(2, "key")
+    ('2 queries', '2 keys')
+    """
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{number:,} {noun[:-1]}ies"
+    return f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def format_mib(num_bytes: float) -> str:
     """A size in MiB, for comparison with other sizes.
 

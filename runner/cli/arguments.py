@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.cli.engines import add_engine_options
 from runner.cli.recipe import add_recipe_verb
-from runner.cli.shared_arguments import VerbParser, add_output_root, add_paths
+from runner.cli.shared_arguments import VerbParser, add_output_root, add_overrides, add_paths
 from runner.cli.view_arguments import add_view_verbs
 from runner.text import positive
 
@@ -34,7 +34,6 @@ def build_parser() -> VerbParser:
     _add_model_verbs(verbs)
     for name in ("check", "masks", "launch", "sweep", "rerun", "why"):
         verbs.choices[name].is_about_recipes = True
-    parser.verbs = verbs.choices
     return parser
 
 
@@ -147,9 +146,7 @@ def _add_check_verbs(verbs: Any) -> None:
     masks.add_argument(
         "recipe", type=Path, metavar="RECIPE", help="a recipe file, a run directory, or a name"
     )
-    masks.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="apply these to the recipe first"
-    )
+    add_overrides(masks, "apply these to the recipe first")
     masks.add_argument(
         "--split",
         choices=("train", "validation", "eval", "test"),
@@ -186,12 +183,7 @@ def _add_launch_verb(verbs: Any) -> None:
     launch.add_argument(
         "recipe", type=Path, metavar="RECIPE", help="a recipe file, or the name of its run"
     )
-    launch.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="overrides: run another experiment, named after them",
-    )
+    add_overrides(launch, "overrides: run another experiment, named after them")
     launch.add_argument(
         "--name", help="name of the run; default: the recipe's name plus the overrides"
     )

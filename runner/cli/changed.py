@@ -23,6 +23,7 @@ from runner.project_folder import pasteable
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths, changed_runs_dir
 from runner.run.record import now_utc
+from runner.text import format_count
 
 _MAX_NAMED: Final = 3
 _MAX_KEYS: Final = 8
@@ -93,7 +94,7 @@ def _count_keys(changed: Sequence[ChangedRun]) -> list[str]:
         shown = next(iter(found)) if len(found) == 1 else f"{key}: different values"
         lines.append(f"{count:>3} {'run ' if count == 1 else 'runs'}  {shown}")
     if len(ranked) > _MAX_KEYS:
-        lines.append(f"and {len(ranked) - _MAX_KEYS} more keys")
+        lines.append(f"and {format_count(len(ranked) - _MAX_KEYS, 'more key')}")
     return lines
 
 
@@ -142,7 +143,7 @@ def confirm(changed: Sequence[ChangedRun], folders: Mapping[Path, Path], *, is_s
     if is_sure:
         return
     where = ", ".join(str(folder) for folder in folders.values())
-    runs = "1 changed run" if len(changed) == 1 else f"{len(changed)} changed runs"
+    runs = format_count(len(changed), "changed run")
     if not sys.stdin.isatty():
         raise RefusedError(
             f"`--fresh` moves {runs} into {where}, but stdin is not a terminal to ask on",

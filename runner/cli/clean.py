@@ -11,7 +11,7 @@ from runner.project_folder import describe_no_project
 from runner.run.entries import list_notes, list_stored, remove_free_locks, remove_stored
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths, base_entries_dir, list_recipe_caches, row_entries_dir
-from runner.text import format_bytes
+from runner.text import format_bytes, format_count
 
 
 def run_clean(arguments: argparse.Namespace) -> int:
@@ -35,13 +35,16 @@ def run_clean(arguments: argparse.Namespace) -> int:
     ):
         if found[folder]:
             size = format_bytes(sum(one.num_bytes for one in found[folder]))
-            print(f"{folder}: {what}, {_count(len(found[folder]), 'folder')}, {size}")
+            print(f"{folder}: {what}, {format_count(len(found[folder]), 'folder')}, {size}")
     files = list_recipe_caches(root)
     if files:
         size = format_bytes(sum(path.stat().st_size for path in files))
-        print(f"{files[0]}: parsed recipes, {_count(len(files), 'file')}, {size}")
+        print(f"{files[0]}: parsed recipes, {format_count(len(files), 'file')}, {size}")
     if notes := list_notes(base_entries_dir(root)):
-        print(f"{notes[0].parent}: reasons why scores are not shared, {_count(len(notes), 'file')}")
+        print(
+            f"{notes[0].parent}: reasons why scores are not shared,"
+            f" {format_count(len(notes), 'file')}"
+        )
         files += notes
     folders = [one for stored in found.values() for one in stored]
     if not folders and not files:
@@ -66,10 +69,6 @@ def run_clean(arguments: argparse.Namespace) -> int:
     if len(busy) < len(folders) or files:
         print("removed; runs compute again what they need")
     return 1 if busy else 0
-
-
-def _count(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 def _refuse_while_running(root: Path) -> None:

@@ -248,18 +248,18 @@ def run_status(arguments: argparse.Namespace) -> int:
     width = max(map(len, names), default=0)
     for one, status in rows:
         step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
-        loss = "" if status.loss is None else f"{status.loss:.4f}"
+        loss = "" if status.loss is None else f"loss {status.loss:.4f}"
         seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
         kind = status.failure.kind if status.failure and status.state == "interrupted" else None
         why = ": ".join(filter(None, (kind, status.why.partition("\n")[0])))
         why = "; ".join(filter(None, (why, status.notes)))
         print(
             f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}"
-            f"  {loss:>8}  {seconds:>7}  {why}"
+            f"  {loss:>11}  {seconds:>7}  {why}"
         )
     for lost in unreadable:
         print(
-            f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>8}  {'':>7}  {lost.why}"
+            f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>11}  {'':>7}  {lost.why}"
         )
     if never:
         print(_describe_never_started(never))

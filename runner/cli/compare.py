@@ -43,6 +43,7 @@ from runner.report.wording import (
 )
 from runner.run.facts import RunFacts
 from runner.run.paths import content_cache_path
+from runner.text import format_count
 
 MAX_LINE: Final = 80  # characters per line of the certificate; --json prints everything
 MAX_LISTED: Final = 20  # equal lines listed per section
@@ -295,7 +296,7 @@ def _describe(certificate: Certificate) -> Iterator[str]:
 def _describe_not_read(certificate: Certificate) -> str:
     num_pairs, num_read = len(certificate.pairs), certificate.num_read
     lines = [wrap(make_safe(one.describe()), "- ", "  ") for one in certificate.not_read]
-    so = f"So this certifies {num_read} pair{'' if num_read == 1 else 's'} of {num_pairs}"
+    so = f"So this certifies {format_count(num_read, 'pair')} of {num_pairs}"
     if num_read == 0:
         so += ": it compares recipes"
     paired = {name for pair in certificate.pairs for name in pair}

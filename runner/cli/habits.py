@@ -53,7 +53,7 @@ def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[st
         if not given and is_switch(name, Recipe):
             given = ["true"]
         answer = find_answer(name, ",".join(given) if given else None, Recipe)
-        if answer is None:  # argparse refuses it, or accepts it as an abbreviation
+        if answer is None:  # the parser refuses it
             kept.append(word)
             kept += [] if equals else given
             continue

@@ -30,7 +30,7 @@ from runner.launch.placement import (
 )
 from runner.launch.pool import STOPPED, build_command, run_planned
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
-from runner.plan.names import RECIPES_DIR, Prefer, find_one
+from runner.plan.names import RECIPES_DIR, find_one
 from runner.plan.select import Selected, load_selected, select_recipes
 from runner.plan.status import (
     RunStatus,
@@ -270,15 +270,15 @@ def _count_fruitless(paths: RunPaths) -> int:
 
 
 def select_run(arguments: argparse.Namespace) -> Selected:
-    """The run of a recipe with the overrides and the name that `launch` accepts, or the run of a
-    run directory or run name.
+    """The run of a recipe or name, with the overrides and the name that `launch` accepts, or the
+    run of a run directory, as its recorded recipe describes it.
+
+    Like `launch`, reads the recipe file of a name if it exists.
     """
-    is_changed = bool(arguments.overrides or arguments.name)
-    prefer: Prefer = "recipe" if is_changed else "run"
-    path = find_one(str(arguments.recipe), arguments.output_root, prefer)
+    path = find_one(str(arguments.recipe), arguments.output_root, "recipe")
     if not path.is_dir():
         return _load_one(path, arguments)
-    if is_changed:
+    if arguments.overrides or arguments.name:
         raise RunnerError(f"{path} is a run directory: overrides and `--name` need a recipe file")
     try:
         found = select_recipes([str(path)], arguments.output_root)

@@ -124,7 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     more = next((name for name in ("paths", "overrides") if hasattr(arguments, name)), None)
     if rest and (more is None or any(argument.startswith("-") for argument in rest)):
-        parser.verbs[arguments.verb].refuse_unknown(rest)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest and more is not None:
         setattr(arguments, more, [*getattr(arguments, more), *rest])
     arguments.typed = tuple(sys.argv[1:] if argv is None else argv)

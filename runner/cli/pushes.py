@@ -25,6 +25,7 @@ from runner.plan.select import Selected
 from runner.plan.status import read_status
 from runner.run.facts import RunFacts
 from runner.run.lease import is_leased
+from runner.text import format_count
 
 _NUM_NOTED: Final = 5
 
@@ -61,7 +62,8 @@ class PushPlan:
         for note in self.notes[:_NUM_NOTED]:
             print(f"note: {note}; `runner export RUN --push` pushes by hand", file=sys.stderr)
         if len(self.notes) > _NUM_NOTED:
-            print(f"note: likewise for {len(self.notes) - _NUM_NOTED} more runs", file=sys.stderr)
+            more = format_count(len(self.notes) - _NUM_NOTED, "more run")
+            print(f"note: likewise for {more}", file=sys.stderr)
 
 
 def send_pushes(selected: Sequence[Selected]) -> PoolResult:

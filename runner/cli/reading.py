@@ -19,6 +19,7 @@ from runner.run.base_scores import find_other_base_scores
 from runner.run.facts import RunFacts
 from runner.run.paths import find_output_root, recipe_cache_path
 from runner.run.siblings import Loaded, find_moved, list_loaded
+from runner.text import format_count
 
 
 def select(
@@ -75,7 +76,11 @@ def note_idle_overrides(selected: Sequence[Selected]) -> None:
         for override in one.idle_overrides:
             idle.setdefault(override, []).append(one)
     for override, those in idle.items():
-        count = "" if len(selected) == 1 else f"{len(those)} of {len(selected)} recipes, such as "
+        count = (
+            ""
+            if len(selected) == 1
+            else f"{len(those)} of {format_count(len(selected), 'recipe')}, such as "
+        )
         run = "the run is" if len(those) == 1 else "their runs are"
         print(
             escape_controls(

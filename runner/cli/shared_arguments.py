@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
-from runner.errors import escape_controls
+from runner.errors import RunnerError, escape_controls
 from runner.secrets import scrub
 
 
 class VerbParser(argparse.ArgumentParser):
-    """Repeats wrong arguments without secrets and control characters."""
+    """Accepts options only in full: a typo must not start a sweep. Repeats wrong arguments without
+    secrets and control characters.
+    """
 
     # Adds options of this verb that are slow to find; called only when the verb is used.
     add_more: Callable[[argparse.ArgumentParser], None] | None = None
@@ -23,18 +27,24 @@ class VerbParser(argparse.ArgumentParser):
     # True for verbs about recipes: users pass them the options of other trainers.
     is_about_recipes = False
 
-    # The parser of each verb; only the top parser has them.
-    verbs: Mapping[str, VerbParser] = MappingProxyType({})
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does.
 
         Raises:
-            RunnerError: an option of another trainer.
+            RunnerError: an option of another trainer, or an unknown one.
         """
         self.add_late_options()
-        if self.is_about_recipes and any(word.startswith("--") for word in args):
-            self._refuse_foreign_options(args)
+        words = sys.argv[1:] if args is None else list(args)
+        unknown = self._list_unknown_options(words)
+        if unknown and self.is_about_recipes:
+            from runner.cli.habits import refuse_foreign_options  # slow to import
+
+            refuse_foreign_options(self.prog, words, self._option_string_actions)
+        if unknown:
+            self._refuse_option(unknown[0], words)
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
@@ -48,24 +58,33 @@ class VerbParser(argparse.ArgumentParser):
             add_more, self.add_more = self.add_more, None
             add_more(self)
 
-    def _refuse_foreign_options(self, words: Sequence[str]) -> None:
+    def _list_unknown_options(self, words: Sequence[str]) -> list[str]:
+        """The words that look like options of this parser and are none of them."""
         known = self._option_string_actions
-        if all(word.partition("=")[0] in known for word in words if word.startswith("--")):
-            return  # the module below is slow to import
-        from runner.cli.habits import refuse_foreign_options
+        own = list(takewhile(lambda word: word != "--", words))
+        if self._subparsers is not None:  # the options after the verb belong to the verb
+            own = list(takewhile(lambda word: word.startswith("-"), own))
+        options = {word: word.partition("=")[0] for word in own if word.startswith("--")}
+        # argparse accepts a word with a blank as a value, even after two hyphens.
+        return [word for word, one in options.items() if " " not in one and one not in known]
 
-        refuse_foreign_options(self.prog, words, known)
+    def _refuse_option(self, word: str, words: Sequence[str]) -> NoReturn:
+        option, equals, value = word.partition("=")
+        what = f"`{option}` is not an option of `{self.prog}`"
+        close = self._find_close(option)
+        if close is None:
+            raise RunnerError(what, hint=f"`{self.prog} --help` lists the options")
+        fixed = [close + equals + value if one == word else one for one in words]
+        raise RunnerError(
+            f"{what}; did you mean `{close}`?", hint=f"{self.prog} {shlex.join(fixed)}"
+        )
 
-    def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
-        """Exit with the usage of this verb and with the options that are close to these words."""
-        options = [word.partition("=")[0] for word in words if word.startswith("--")]
-        close = [
-            match
-            for option in options
-            for match in difflib.get_close_matches(option, self._option_string_actions, n=1)
-        ]
-        nearest = f", did you mean {' '.join(dict.fromkeys(close))}?" if close else ""
-        self.error(f"unrecognized arguments: {' '.join(words)}{nearest}")
+    def _find_close(self, option: str) -> str | None:
+        """The option that the user may have meant; None if none is similar."""
+        known = [one for one in self._option_string_actions if one.startswith("--")]
+        meant = option.replace("_", "-")
+        longer = [one for one in known if one.startswith(meant)]
+        return next(iter(longer or difflib.get_close_matches(meant, known, n=1, cutoff=0.7)), None)
 
     def error(self, message: str) -> NoReturn:
         """Exit with the usage and the message; for a wrong choice, name the closest one."""
@@ -98,6 +117,12 @@ def add_paths(
         help="only runs with these axis values; may be repeated",
     )
     add_output_root(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser, description: str) -> None:
+    """Optional overrides after one recipe."""
+    # Without a default, argparse lists it among the required arguments that are missing.
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=description)
 
 
 def add_output_root(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,7 @@ from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import content_cache_path
 from runner.run.record import AskedBase
+from runner.text import format_count
 
 
 def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
@@ -254,8 +255,9 @@ def _decide_all(
         num_unhappy += len(changed)
     if planned and num_of_other_rules:
         print(
-            f"note: {num_of_other_rules} completed runs of this sweep follow other rules of rows"
-            f" and masks than the runs launched now (rules {RULES}):"
+            f"note: {format_count(num_of_other_rules, 'completed run')} of this sweep"
+            f" follow{'s' if num_of_other_rules == 1 else ''} other rules of rows and"
+            f" masks than the runs launched now (rules {RULES}):"
             " a report compares only runs with the same rules",
             file=sys.stderr,
         )
@@ -337,7 +339,7 @@ def _describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespa
 
 
 def _count(runs: Sequence[ChangedRun]) -> str:
-    return "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return format_count(len(runs), "run")
 
 
 def _describe_decision(full_name: str, decision: Decision, differences: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from runner.cli.shared_arguments import add_output_root, add_paths
+from runner.cli.shared_arguments import add_output_root, add_overrides, add_paths
 from runner.text import positive
 
 # The keys of `runner.report.format.FORMATS`, whose import takes seconds: completion and `--help` do
@@ -33,9 +33,9 @@ def add_view_verbs(verbs: Any) -> None:
         "recipe",
         type=Path,
         metavar="RUN",
-        help="a recipe file; or a run directory or name, read with its recorded recipe",
+        help="a recipe file or a name; or a run directory, read with its recorded recipe",
     )
-    why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
+    add_overrides(why, "as for launch")
     why.add_argument("--name", help="as for launch")
     why.add_argument("--num-processes", type=positive, metavar="N", help="as for launch")
     why.add_argument("--json", action="store_true", help="print JSON")

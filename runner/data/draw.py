@@ -24,6 +24,7 @@ from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection, DataSource
 from runner.strict import list_texts
+from runner.text import format_count
 
 SPLITS: Final = ("train", "validation", "test")
 # The seed of the validation and test splits, independent of `data.seed`.
@@ -99,9 +100,11 @@ class LeftOut:
         for name in self.unknown:
             lines.append(f"nothing for `{name}` in `data.ignore`: no row has it")
         if self.num_left_out_by_group:
-            lines.append(f"{self.num_left_out_by_group} rows whose group is in another split")
+            lines.append(
+                f"{format_count(self.num_left_out_by_group, 'row')} whose group is in another split"
+            )
         if self.num_duplicates:
-            lines.append(f"{self.num_duplicates} duplicate rows")
+            lines.append(format_count(self.num_duplicates, "duplicate row"))
         return lines
 
 
@@ -109,10 +112,10 @@ def _name_column(column: str, count: int) -> str:
     """A column that is not used, and the number of rows that have it.
 
     >>> _name_column("id", 3), _name_column("note (empty)", 1200)
-    ('`id` (3 rows)', '`note` (empty, 1200 rows)')
+    ('`id` (3 rows)', '`note` (empty, 1,200 rows)')
     """
     name = column.removesuffix(EMPTY)
-    return f"`{name}` ({'' if name == column else 'empty, '}{count} rows)"
+    return f"`{name}` ({'' if name == column else 'empty, '}{format_count(count, 'row')})"
 
 
 @dataclass(frozen=True)
@@ -373,7 +376,8 @@ def _draw(
     if len(pool) < count or count == 0:
         reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
         raise DataError(
-            f"{len(pool)} different rows are left for the {split} split, which needs"
+            f"{format_count(len(pool), 'different row')}"
+            f" {'is' if len(pool) == 1 else 'are'} left for the {split} split, which needs"
             f" {wanted or 'at least 1'}" + reasons,
             hint=(
                 f"lower `data.num_{split}_samples`,"

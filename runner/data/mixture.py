@@ -11,6 +11,7 @@ from math import lcm
 from typing import TypeVar
 
 from runner.errors import DataError
+from runner.text import format_count
 
 Row = TypeVar("Row")
 
@@ -49,7 +50,8 @@ def interleave(
     order = _order_sources(weights, count)
     named = names or [f"source {number}" for number in range(1, len(pools) + 1)]
     short = [
-        f"{name} has {len(pool)} rows, its share of {count} is {order.count(source)}"
+        f"{name} has {format_count(len(pool), 'row')}, its share of {count} is"
+        f" {order.count(source)}"
         for source, (name, pool) in enumerate(zip(named, pools, strict=True))
         if order.count(source) > len(pool)
     ]
@@ -58,7 +60,10 @@ def interleave(
         raise DataError(
             f"sources run out before there are {count} rows:\n"
             + "\n".join(f"  {line}" for line in short),
-            hint=f"request {largest} rows or fewer, or lower the shares of these sources",
+            hint=(
+                f"request {format_count(largest, 'row')} or fewer,"
+                " or lower the shares of these sources"
+            ),
         )
     rows = [iter(pool) for pool in pools]
     return [(source, next(rows[source])) for source in order]

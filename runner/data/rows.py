@@ -26,6 +26,7 @@ from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection
 from runner.recipe.schema import Loss, Turns
+from runner.text import format_count
 
 _NUM_SHOWN: Final = 5
 
@@ -361,7 +362,8 @@ def refuse_same_tokens(origins: Mapping[str, Iterable[tuple[str, Hashable]]]) ->
         shown = "\n".join(same[:_NUM_SHOWN])
         more = f"\n  and {len(same) - _NUM_SHOWN} more" if len(same) > _NUM_SHOWN else ""
         raise DataError(
-            f"{len(same)} rows of one split become the same tokens as a row of another:\n{shown}"
+            f"{format_count(len(same), 'row')} of one split"
+            f" become{'s' if len(same) == 1 else ''} the same tokens as a row of another:\n{shown}"
             + more,
             hint=(
                 "remove one of each pair from the data, list the columns in which they differ in"
@@ -386,7 +388,8 @@ def refuse_too_long(
         }
         reason = reasons.get(data.truncation, "and `data.truncation` is `refuse`")
         raise DataError(
-            f"{len(too_long)} rows of the {split} split are longer than `data.max_length:"
+            f"{format_count(len(too_long), 'row')} of the {split} split"
+            f" {'is' if len(too_long) == 1 else 'are'} longer than `data.max_length:"
             f" {data.max_length}`, {reason}:\n{shown}{more}",
             hint=(
                 f"set `data.max_length: {longest}`, or `data.truncation: turns_left` (cuts the"

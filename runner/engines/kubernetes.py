@@ -26,6 +26,7 @@ from runner.engines.manifests import (
     read_shared_options,
 )
 from runner.files import hash_json
+from runner.text import format_count
 
 if TYPE_CHECKING:
     import argparse
@@ -92,7 +93,7 @@ def build_jobs_file(runs: Sequence[PendingRun], options: ManifestOptions) -> str
     grid = runs[0].selected.recipe.run.grid
     jobs = [_build_job(grid, group, machine, options) for machine, group in groups.items()]
     comment = (
-        f"{len(runs)} runs. The claim {options.storage} is the project folder: it"
+        f"{format_count(len(runs), 'run')}. The claim {options.storage} is the project folder: it"
         f" holds recipes, data, models and {options.output_root}/."
     )
     return dump_documents(jobs, comment)

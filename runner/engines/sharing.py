@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from runner.errors import RefusedError
-from runner.text import format_bytes
+from runner.text import format_bytes, format_count
 
 if TYPE_CHECKING:
     from runner.launch.gpus import NamedGpu
@@ -57,7 +57,11 @@ def require_memory(
     needs = estimate_needs(on_gpu, output_root)
     if needs.unknown:
         first, why = next(iter(needs.unknown.items()))
-        more = f" and {len(needs.unknown) - 1} more runs" if len(needs.unknown) > 1 else ""
+        more = (
+            f" and {format_count(len(needs.unknown) - 1, 'more run')}"
+            if len(needs.unknown) > 1
+            else ""
+        )
         _note(
             f"the memory need of {first}{more} is not estimated, so `--per-gpu {per_gpu}` is used"
             f" unchecked for them: {why}"

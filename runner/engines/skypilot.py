@@ -28,6 +28,7 @@ from runner.engines.manifests import (
 )
 from runner.errors import RefusedError
 from runner.project_folder import find_user_folder
+from runner.text import format_count
 
 if TYPE_CHECKING:
     import argparse
@@ -111,7 +112,10 @@ def build_task_file(runs: Sequence[PendingRun], options: SkypilotOptions) -> str
         "setup": "runner --help > /dev/null\n",  # an image without it fails here
         "run": _build_run(runs, options, num_gpus, slots),
     }
-    comment = f"{len(runs)} runs, stored in {options.storage}. One machine, {slots} at a time."
+    comment = (
+        f"{format_count(len(runs), 'run')}, stored in {options.storage}. One machine,"
+        f" {slots} at a time."
+    )
     return dump_documents([task], comment)
 
 

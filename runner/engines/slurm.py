@@ -26,7 +26,7 @@ from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import load_json, write_json_atomic, write_text_atomic
 from runner.run.lease import Lease
 from runner.run.paths import SubmissionPaths, submission_lock_path, submissions_dir
-from runner.text import positive
+from runner.text import format_count, positive
 
 if TYPE_CHECKING:
     import argparse
@@ -173,7 +173,8 @@ def submit(plan: PlanRuns, options: SlurmOptions) -> int:
         for array in _plan_arrays(plan, queued, options, max_array_size):
             job = submit_array(array, lease)
             print(
-                f"submitted {len(array.selected)} runs as slurm {job}: {array.paths.script_path}",
+                f"submitted {format_count(len(array.selected), 'run')} as slurm {job}:"
+                f" {array.paths.script_path}",
                 flush=True,
             )
     return 0

@@ -36,6 +36,7 @@ from runner.grid.starter_grid import StarterGrid, write_starter
 from runner.project_folder import MARKER_TEXT, SETTINGS_FILE, TEMPLATES
 from runner.recipe.contents import list_content_paths
 from runner.recipe.parse import Recipe, parse_recipe
+from runner.text import format_count
 
 _SAMPLE: Final = "data/demo.jsonl"
 _SAMPLE_WORDS: Final = "made-up chats of a customer with a shop, and a summary of each"
@@ -263,7 +264,7 @@ def _describe_starter(starter: _Starter) -> list[str]:
         if key.endswith("_column") and value not in prompts
     ]
     task = ": ".join([plan.task["name"], *([" -> ".join(columns)] if columns else [])])
-    notes = [f"{path}: {plan.num_rows} different rows, read as {task}"]
+    notes = [f"{path}: {format_count(plan.num_rows, 'different row')}, read as {task}"]
     if not starter.is_own:
         notes.append(f"{path} comes with the runner: {_SAMPLE_WORDS}; your own rows: --data FILE")
     if starter.is_own and given.copies:
@@ -385,7 +386,7 @@ def _describe(
     ]
     return Project(
         grid,
-        f"the grid `{grid}`, {len(recipes)} recipes ({axes})",
+        f"the grid `{grid}`, {format_count(len(recipes), 'recipe')} ({axes})",
         (*notes, *more),
         tuple(commands),
     )

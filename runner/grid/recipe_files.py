@@ -19,6 +19,7 @@ from typing import Final
 from runner.errors import RefusedError
 from runner.files import read_plain, write_text_atomic
 from runner.project_folder import pasteable
+from runner.text import format_count
 
 _MAX_READ_BYTES: Final = 16 << 20
 _MAX_SHOWN_DIFFS: Final = 3
@@ -243,7 +244,7 @@ def describe_edit(files: GridFiles, name: str, *, with_rows: bool) -> list[str]:
         shown = list(_quote_rows(blocks, old, new))
         lines += shown[:_MAX_SHOWN_ROWS]
         if len(shown) > _MAX_SHOWN_ROWS:
-            lines.append(f"    ({len(shown) - _MAX_SHOWN_ROWS} more rows)")
+            lines.append(f"    ({format_count(len(shown) - _MAX_SHOWN_ROWS, 'more row')})")
     return lines
 
 
@@ -289,8 +290,8 @@ def report_drift(files: GridFiles) -> int:
     drift, recipes_dir = files.drift, files.recipes_dir
     if drift.unsealed:
         print(
-            f"  {len(drift.unsealed)} recipes have no checksum in their first line yet:"
-            " rendering adds it"
+            f"  {format_count(len(drift.unsealed), 'recipe')} with no checksum in the first"
+            " line yet: rendering adds it"
         )
     if not drift:
         print(f"  {recipes_dir} is up to date")
@@ -311,9 +312,12 @@ def report_drift(files: GridFiles) -> int:
         print("\n".join(describe_edit(files, name, with_rows=True)))
     if drift.diff:
         print(drift.diff)
-    for what, num_files in (("were edited", len(edited)), ("differ", len(changed))):
-        if num_files > _MAX_SHOWN_DIFFS:
-            print(f"({num_files - _MAX_SHOWN_DIFFS} more files {what})")
+    for one, many, num_files in (
+        ("was edited", "were edited", len(edited)),
+        ("differs", "differ", len(changed)),
+    ):
+        if (num_more := num_files - _MAX_SHOWN_DIFFS) > 0:
+            print(f"({format_count(num_more, 'more file')} {one if num_more == 1 else many})")
     options = (" --prune" if drift.stale else "") + (" --force" if drift.edited else "")
     template = f"recipe_templates/{files.rendered.grid}"
     command = pasteable(f"runner render {files.rendered.grid}{options}")

@@ -48,6 +48,7 @@ from runner.recipe.parse import Recipe, parse_recipe
 from runner.recipe.problems import find_line, suggest
 from runner.recipe.schema import NAME_PATTERN, Scalar
 from runner.strict import freeze
+from runner.text import format_count
 
 MAX_CELLS: Final = 20_000
 
@@ -106,7 +107,10 @@ def derive_keys(spec: GridSpec, grid: str) -> KeyList:
             num_excluded[rule] += 1
     included = [_complete_cell(spec, cell) for cell in spec.include]
     if not kept and not included:
-        raise GridError(f"the grid {grid} has no runs: all of its {len(cells)} cells are excluded")
+        raise GridError(
+            f"the grid {grid} has no runs: all of its"
+            f" {format_count(len(cells), 'cell')} are excluded"
+        )
     keys = tuple(_name_cells(spec, grid, [*kept, *included]))
     return KeyList(keys, len(cells), tuple(num_excluded), len(included))
 

@@ -17,6 +17,7 @@ from runner.processes import list_holders
 from runner.run.lease import has_ranks, is_leased
 from runner.run.paths import RunPaths
 from runner.run.record import load_record
+from runner.text import format_count
 
 _LOOK_SECONDS: Final = 2.0  # between two checks; each is a few system calls
 
@@ -58,7 +59,7 @@ class HeldRuns:
         if not untold:
             return None
         self._told |= self.runs.keys()
-        what = "1 run" if len(untold) == 1 else f"{len(untold)} runs"
+        what = format_count(len(untold), "run")
         named = ", ".join(f"{run.full_name} ({describe_holder(run.paths)})" for run in untold)
         return f"waiting for {what} that another sweep holds: {named}; Ctrl-C stops waiting"
 

@@ -32,6 +32,7 @@ from runner.plan.select import Selected
 from runner.processes import StopSignals
 from runner.run.failures import build_failure
 from runner.run.record import Attempt, Failure, load_stop_request
+from runner.text import format_count
 
 STOPPED: Final = 130  # exit code after Ctrl-C or another signal, as in shells
 
@@ -385,7 +386,7 @@ class _Pool:
             except (CorruptFileError, OSError):  # no space, or a folder has its name
                 attempt.kill(why)
         if attempts:
-            runs = "1 run" if len(attempts) == 1 else f"{len(attempts)} runs"
+            runs = format_count(len(attempts), "run")
             self.display.say(
                 f"stopping: waiting for {runs} to checkpoint and exit;"
                 " a second Ctrl-C kills them immediately"

@@ -27,7 +27,7 @@ from runner.processes import (
 )
 from runner.run.paths import AttemptPaths
 from runner.run.record import Progress, is_silent_phase, load_progress
-from runner.text import format_seconds
+from runner.text import format_count, format_seconds
 
 # The most silence that one look adds, two of a sweep's pauses: while the sweep itself was stopped
 # (Ctrl-Z, a suspended job), it watched nothing.
@@ -205,7 +205,7 @@ def look_at_sign(progress_path: Path) -> object:
 
 
 def _count_processes(number: int) -> str:
-    return "1 process" if number == 1 else f"{number} processes"
+    return format_count(number, "process")
 
 
 def _read_parent(pid: int) -> int | None:

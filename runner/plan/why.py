@@ -48,6 +48,7 @@ from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts
 from runner.run.failures import name_command, read_log_tail
 from runner.run.record import Attempt, BaseSource, load_base_source
+from runner.text import format_count
 
 # The rule for each state, in the order of `derive_status`: the first true one counts.
 RULES: Final[Mapping[State, str]] = {
@@ -184,7 +185,7 @@ def gather_evidence(
                 recipe,
                 num_processes,
                 contents,
-                nothing_follows=_find_why_no_attempt(status, inputs_error),
+                nothing_follows=_find_why_no_attempt(status, verified or status, inputs_error),
             )
     return Evidence(
         contents,
@@ -212,15 +213,23 @@ def _read_inputs(recipe: Recipe, hashes: ContentHashes) -> tuple[dict[str, str],
         return found, error
 
 
-def _find_why_no_attempt(status: RunStatus, inputs_error: DataError | None) -> str | None:
-    """The reason why `runner launch` would not start an attempt; None if it would."""
+def _find_why_no_attempt(
+    status: RunStatus, verified: RunStatus, inputs_error: DataError | None
+) -> str | None:
+    """The reason why `runner launch`, which knows `status`, would not start an attempt; None if it
+    would.
+    """
     if inputs_error is not None:
         return "a launch would be refused: files that the recipe names are missing or unreadable"
     action = decide(status, retry_failed=True).action
     if action == "launch":
         return None
-    if action == "skip":
-        return f"nothing would be started: the run is {status.state}"
+    if action in ("skip", "push"):
+        unseen = ", but a launch checks only file sizes"
+        return (
+            f"nothing would be started: the run is {verified.state}"
+            f"{unseen if verified.state != status.state else ''}"
+        )
     why = ", ".join(status.obstacles) or f"the run is {status.state}"
     return f"a launch would be refused: {why}"
 
@@ -336,7 +345,7 @@ def _describe_files(
         return None
     if not is_verifiable(facts):
         return NOT_VERIFIABLE
-    found = f"every byte of {len(facts.file_sizes)} files matches its record"
+    found = f"every byte of {format_count(len(facts.file_sizes), 'file')} matches its record"
     if not status.is_model_removed:
         return found
     if no_repair is None:
@@ -431,7 +440,7 @@ def _describe_next(found: Explanation) -> str:
         return f"{decision.action}: {decision.why}"
     if found.choice.refusal is not None:
         return f"refuse: {found.choice.refusal.message}"
-    processes = f"{found.num_processes} process{'es' if found.num_processes > 1 else ''}"
+    processes = format_count(found.num_processes, "process")
     if found.micro_batch_divisor > 1:
         processes += (
             f", micro-batches divided by {found.micro_batch_divisor} since it ran out of memory"

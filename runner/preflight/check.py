@@ -16,7 +16,7 @@ from runner.preflight.names import pin_recipes
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
 from runner.recipe.libraries import hide_libraries
 from runner.recipe.parse import Recipe
-from runner.text import align
+from runner.text import align, format_count
 
 if TYPE_CHECKING:
     from runner.preflight.sizes import RunSize
@@ -68,14 +68,14 @@ def print_check(
     num_failed = len({name for names in result.errors.values() for name in names})
     if num_failed:
         print(
-            f"\n{num_failed} of {len(recipes)} recipes cannot be trained as they are",
+            f"\n{num_failed} of {format_count(len(recipes), 'recipe')} cannot be"
+            " trained as they are",
             file=sys.stderr,
         )
         return 2
-    num_warnings = len(result.warnings)
     print(
-        f"\n{len(recipes)} recipes can be trained, {num_warnings}"
-        f" warning{'' if num_warnings == 1 else 's'}"
+        f"\n{format_count(len(recipes), 'recipe')} can be trained,"
+        f" {format_count(len(result.warnings), 'warning')}"
     )
     return 0
 
@@ -157,7 +157,8 @@ def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterat
         own = tokenizer.tokenizer
         yield ""
         yield (
-            f"{runs[0].recipe.model.path}, {len(runs)} recipes: answers end in {ends}, which is"
+            f"{runs[0].recipe.model.path}, {format_count(len(runs), 'recipe')}: answers"
+            f" end in {ends}, which is"
             f" trained; pad {own.pad_token}, eos {own.eos_token}"
         )
         yield from _tabulate_rows(runs)
@@ -244,14 +245,19 @@ def _describe_schedule(run: CheckedRun) -> str:
     if schedule.last_batch_rows < schedule.global_batch_size:
         weight = schedule.global_batch_size / schedule.last_batch_rows
         last = (
-            f", the last of {schedule.last_batch_rows} rows, each of which counts {weight:.3g}"
+            f", the last of {format_count(schedule.last_batch_rows, 'row')}, each of which counts"
+            f" {weight:.3g}"
             " times as much"
         )
     return (
-        f"{schedule.num_rows} rows at a global batch of {schedule.global_batch_size}:"
-        f" {schedule.updates_per_epoch} updates an epoch{last}; {schedule.num_epochs:g} epochs,"
-        f" {schedule.num_updates} updates, {schedule.num_warmup_updates} of warm-up,"
-        f" {schedule.num_evaluations} evaluations, {schedule.num_checkpoints} checkpoints"
+        f"{format_count(schedule.num_rows, 'row')} at a global batch of"
+        f" {schedule.global_batch_size}:"
+        f" {format_count(schedule.updates_per_epoch, 'update')} an epoch{last};"
+        f" {schedule.num_epochs:g} epoch{'' if schedule.num_epochs == 1 else 's'},"
+        f" {format_count(schedule.num_updates, 'update')},"
+        f" {schedule.num_warmup_updates} of warm-up,"
+        f" {format_count(schedule.num_evaluations, 'evaluation')},"
+        f" {format_count(schedule.num_checkpoints, 'checkpoint')}"
     )
 
 

@@ -42,7 +42,7 @@ from runner.recipe.identity import load_launch_settings
 from runner.recipe.libraries import names_deepspeed, uses_bitsandbytes
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.recipe.trackers import require_trackers
-from runner.text import format_bytes
+from runner.text import format_bytes, format_count
 
 Level = Literal["ok", "note", "missing"]
 _INSTALL: Final = "pip install -c constraints.txt -e ."
@@ -187,7 +187,10 @@ def _describe_torch(machine: Machine) -> Iterator[Finding]:
         smi = "nvidia-smi does not answer" if machine.gpus is None else "nvidia-smi lists none"
         yield Finding("note", f"no GPU: torch sees none, and {smi}")
     elif libraries.cuda is None:
-        what = f"nvidia-smi lists {len(machine.gpus)} GPUs, but this torch is built for the CPU"
+        what = (
+            f"nvidia-smi lists {format_count(len(machine.gpus), 'GPU')}, but this torch is"
+            " built for the CPU"
+        )
         yield Finding("note", what, _CUDA_TORCH)
     elif os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         visible = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -195,7 +198,8 @@ def _describe_torch(machine: Machine) -> Iterator[Finding]:
         yield Finding("note", what, "unset CUDA_VISIBLE_DEVICES")
     else:
         what = (
-            f"nvidia-smi lists {len(machine.gpus)} GPUs, torch sees none: the driver may be too"
+            f"nvidia-smi lists {format_count(len(machine.gpus), 'GPU')}, torch sees"
+            " none: the driver may be too"
             f" old for CUDA {libraries.cuda}"
         )
         yield Finding("note", what, "nvidia-smi  # shows the CUDA version that the driver serves")

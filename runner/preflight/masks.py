@@ -22,6 +22,7 @@ from runner.data.tokenizer import load_tokenizer
 from runner.errors import RunnerError
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import Loss
+from runner.text import format_count
 
 Fate = Literal["whole", "cut", "dropped", "refused"]
 
@@ -359,7 +360,10 @@ def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Ite
 
 
 def _describe(view: RowView, recipe: Recipe) -> Iterator[str]:
-    yield f"{view.num_tokens} tokens, {view.num_trained} trained; {_describe_fate(view, recipe)}"
+    yield (
+        f"{format_count(view.num_tokens, 'token')}, {view.num_trained} trained;"
+        f" {_describe_fate(view, recipe)}"
+    )
     yield f"mask proven by: {view.method}, character for character (docs/chat_templates.md)"
     yield f"{'turn':>4}  {'role':<10} {'tokens':>7} {'trained':>8}  last trained"
     for turn in view.turns:
@@ -376,7 +380,11 @@ def _describe(view: RowView, recipe: Recipe) -> Iterator[str]:
 def _describe_fate(view: RowView, recipe: Recipe) -> str:
     data = recipe.data
     is_whole = bool(view.num_cut_messages)
-    cut = f"{view.num_cut_messages} messages" if is_whole else f"{view.num_cut} tokens"
+    cut = (
+        format_count(view.num_cut_messages, "message")
+        if is_whole
+        else format_count(view.num_cut, "token")
+    )
     return _FATES[view.fate].format(cut=cut, max_length=data.max_length, truncation=data.truncation)
 
 

@@ -25,6 +25,7 @@ from runner.recipe.data_section import DataSection
 from runner.recipe.hub import load_arguments
 from runner.recipe.schema import Loss, ModelSection
 from runner.strict import list_texts
+from runner.text import format_count
 
 PERCENTILES: Final = (50, 90, 95, 99, 100)
 LOSSES: Final = get_args(Loss)
@@ -149,7 +150,8 @@ class TokenizerFacts:
                 f"\n  and {len(refusals) - len(shown)} more" if len(refusals) > len(shown) else ""
             )
             raise DataError(
-                f"{len(refusals)} of {len(raw_rows)} rows of the {split} split cannot be trained"
+                f"{len(refusals)} of {format_count(len(raw_rows), 'row')} of the"
+                f" {split} split cannot be trained"
                 " on:\n  " + "\n  ".join(shown) + more,
                 hint=refusals[0].hint,
             )
@@ -332,38 +334,48 @@ def _find_text_doubts(
 ) -> Iterator[str]:
     if num_same := _count_same_when_cut(facts):
         yield (
-            f"{path}: {num_same} rows have the same tokens as a row of another split after they are"
-            " cut to `data.max_length` or split into turns"
+            f"{path}: {_count_rows(num_same, '', 'has', 'have')} the same tokens as a row of"
+            " another split after being cut to `data.max_length` or split into turns"
         )
     for split, one in splits.items():
         if one.num_dropped:
-            yield (
-                f"{one.num_dropped} {split} rows are longer than `data.max_length` and are dropped"
-            )
+            is_or_are = "is" if one.num_dropped == 1 else "are"
+            dropped = _count_rows(one.num_dropped, split, "is", "are")
+            yield f"{dropped} longer than `data.max_length` and {is_or_are} dropped"
         if one.num_cutting_system:
+            losing = _count_rows(one.num_cutting_system, split, "loses", "lose")
             yield (
-                f"{one.num_cutting_system} {split} rows lose characters of their system message to"
-                " `data.truncation: prompt_left`; `turns_left` cuts whole rounds and keeps it"
+                f"{losing} characters of their system message to `data.truncation: prompt_left`;"
+                " `turns_left` cuts whole rounds and keeps it"
             )
         if one.num_cutting_message:
+            beginning = _count_rows(one.num_cutting_message, split, "begins", "begin")
             yield (
-                f"{one.num_cutting_message} {split} rows begin in the middle of a message, cut by"
-                " `data.truncation: prompt_left`; `turns_left` cuts whole rounds"
+                f"{beginning} in the middle of a message, cut by `data.truncation: prompt_left`;"
+                " `turns_left` cuts whole rounds"
             )
         if one.num_with_blank_answer:
             first = next(row.where for row in facts[split] if row.is_used and row.has_blank_answer)
-            yield (
-                f"{one.num_with_blank_answer} {split} rows have an empty answer,"
-                f" the first is {first}"
-            )
+            blank = _count_rows(one.num_with_blank_answer, split, "has", "have")
+            yield f"{blank} an empty answer, the first is {first}"
         if one.num_with_special_text:
             first = next(
                 row.where for row in facts[split] if row.is_used and row.holds_special_text
             )
+            holding = _count_rows(one.num_with_special_text, split, "contains", "contain")
             yield (
-                f"{path}: {one.num_with_special_text} {split} rows contain text that the tokenizer"
-                f" reads as a special token, the first is {first}"
+                f"{path}: {holding} text that the tokenizer reads as a special token,"
+                f" the first is {first}"
             )
+
+
+def _count_rows(number: int, split: str, one: str, many: str) -> str:
+    """A number of rows with its verb.
+
+    >>> _count_rows(1, "train", "has", "have"), _count_rows(2, "", "has", "have")
+    ('1 train row has', '2 rows have')
+    """
+    return f"{format_count(number, f'{split} row'.strip())} {one if number == 1 else many}"
 
 
 def _count_same_when_cut(facts: Mapping[str, Sequence[RowFacts]]) -> int:

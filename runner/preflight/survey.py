@@ -39,6 +39,7 @@ from runner.recipe.schedule import Schedule, derive_schedule, find_changed_updat
 from runner.recipe.schema import ModelSection
 from runner.recipe.trackers import require_trackers
 from runner.run.allowed_code import load_code
+from runner.text import format_count
 
 Value = TypeVar("Value")
 # Keys that do not change which rows are drawn or their order: smaller training sets are prefixes of
@@ -241,7 +242,7 @@ def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[s
     if concerned:
         width = max(map(len, concerned))
         lines = [
-            f"  {path:<{width}}  {keys[path]} of {len(names)} recipes"
+            f"  {path:<{width}}  {keys[path]} of {format_count(len(names), 'recipe')}"
             for path, names in concerned.items()
         ]
         count = len(concerned)

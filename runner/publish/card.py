@@ -15,6 +15,7 @@ from runner.run.paths import RunPaths
 from runner.run.record import list_trained, load_record
 from runner.run.result import TrainResult
 from runner.strict import thaw
+from runner.text import format_count
 
 _LOSSES: Final = {
     "completion": "completion: the assistant's turns with their end-of-turn tokens",
@@ -75,9 +76,9 @@ def _describe(run: TunedRun, *, is_adapter: bool) -> str:
     if recipe.quantization.method != "none":
         method += f", on {recipe.quantization.method} weights"
     length = (
-        f"{training.max_steps} steps"
+        format_count(training.max_steps, "step")
         if training.max_steps
-        else f"{training.num_train_epochs:g} epochs"
+        else f"{training.num_train_epochs:g} epoch{'' if training.num_train_epochs == 1 else 's'}"
     )
     stated = training.hugging_face_arguments()
     rows = {
@@ -143,7 +144,8 @@ def _scores(run: TunedRun, result: TrainResult | None) -> str:
             ]
             lines.append(f"| test | {metric} | {cells[0]} | {cells[1]} |")
     steps = (
-        f"Step {result.best_step} of {result.num_steps}, trained on {result.num_train_rows} rows."
+        f"Step {result.best_step} of {result.num_steps}, trained on"
+        f" {format_count(result.num_train_rows, 'row')}."
     )
     return "\n".join([*lines, "", steps])
 

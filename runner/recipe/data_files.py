@@ -20,6 +20,7 @@ import yaml
 from runner.errors import DataError
 from runner.recipe.data_section import DataSource
 from runner.recipe.problems import suggest
+from runner.text import format_count
 
 COMPRESSIONS: Final = (".gz", ".zst")
 _TEXT_FORMATS: Final = (".jsonl", ".json", ".csv")
@@ -245,7 +246,7 @@ def _count(by_split: Mapping[str | None, Files]) -> str:
     parts = []
     for split in _sort_splits(by_split):
         files = by_split[split]
-        number = f"{len(files)} file{'' if len(files) == 1 else 's'}"
+        number = format_count(len(files), "file")
         if split is None:
             number += f": {describe_files([file.name for file in files])}"
         parts.append(f"{'without a split' if split is None else split} ({number})")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
@@ -18,9 +19,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
-from runner.errors import CorruptFileError, Problem, RecipeError, RefusedError, put_in_words
+from runner.errors import (
+    CorruptFileError,
+    Problem,
+    RecipeError,
+    RefusedError,
+    RunnerError,
+    put_in_words,
+)
 from runner.files import read_plain
 from runner.functions import UserFunction
+from runner.project_folder import pasteable
+from runner.recipe.data_files import name_format
 from runner.recipe.data_section import DataSection
 from runner.recipe.habits import Answer, find_answer, fit_answer, suggest_overrides
 from runner.recipe.problems import (
@@ -56,6 +66,7 @@ from runner.recipe.schema import (
     Training,
 )
 from runner.strict import Section
+from runner.text import format_count
 
 MAX_RECIPE_BYTES: Final = 1_000_000
 _MAX_READ_BYTES: Final = 4 * MAX_RECIPE_BYTES  # the limit above counts characters
@@ -252,8 +263,9 @@ def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) ->
     accumulation, rest = divmod(recipe.global_batch_size, per_pass)
     if rest:
         raise RefusedError(
-            f"a global batch of {recipe.global_batch_size} is not divisible by {num_processes}"
-            f" processes x {recipe.training.per_device_train_batch_size} sequences each",
+            f"a global batch of {recipe.global_batch_size} is not divisible by"
+            f" {format_count(num_processes, 'process')} x"
+            f" {recipe.training.per_device_train_batch_size} sequences each",
             hint=(
                 "choose a number of processes and a `training.per_device_train_batch_size` whose"
                 " product divides the global batch"
@@ -274,7 +286,12 @@ _KIND_KEYS: Final = (
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file; errors in a generated recipe point to its template."""
+    """The recipe in a file; errors in a generated recipe point to its template.
+
+    Raises:
+        RecipeError: all problems at once.
+        RunnerError: the file looks like rows.
+    """
     hint = None
     template_path = Path("recipe_templates") / path.parent.name / "recipe.yaml.j2"
     if path.parent.parent.name == "recipes" and template_path.exists():
@@ -282,7 +299,34 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"recipes are generated; fix {template_path},"
             f" then run `runner render {path.parent.name}`"
         )
-    return read_yaml(path, Recipe, overrides, hint=hint)
+    try:
+        return read_yaml(path, Recipe, overrides, hint=hint)
+    except RecipeError:
+        if not _looks_like_rows(path):
+            raise
+        raise RunnerError(
+            f"{path} looks like rows, expected a recipe (a YAML file that names its rows)",
+            hint=_suggest_init(path),
+        ) from None
+
+
+def _suggest_init(path: Path) -> str:
+    command = "runner init study --data "
+    if name_format(path) is None:
+        rows = shlex.quote(str(path.with_suffix(".jsonl")))
+        return f"write the rows to {rows}, one JSON object per line; then `{command}{rows}`"
+    return f"{pasteable(command + shlex.quote(str(path)))}  # creates a project for these rows"
+
+
+def _looks_like_rows(path: Path) -> bool:
+    """True for an existing file that is named like a data file and holds no JSON recipe."""
+    if not path.is_file() or (name_format(path) is None and path.suffix.lower() != ".txt"):
+        return False
+    try:
+        content = json.loads(path.read_bytes()) if path.suffix.lower() == ".json" else None
+    except (OSError, ValueError):
+        return True
+    return not isinstance(content, dict) or "run" not in content
 
 
 def parse_recipe(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from runner.recipe.parse import Recipe, derive_accumulation
+from runner.text import format_count
 
 _FEW_UPDATES: Final = 10
 _MAX_SHOWN_LENGTHS: Final = 3
@@ -101,31 +102,34 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
             " `constant_with_warmup` warms up"
         )
     if updates < _FEW_UPDATES:
-        yield f"only {updates} optimizer updates in the whole run"
+        yield f"only {format_count(updates, 'optimizer update')} in the whole run"
     if schedule.num_rows < batch:
         yield (
-            f"the global batch of {batch} is larger than the {schedule.num_rows} training rows: one"
+            f"the global batch of {batch} is larger than the"
+            f" {format_count(schedule.num_rows, 'training row')}: one"
             " update per epoch"
         )
     if schedule.num_epochs < 1:
         yield (
             f"`max_steps` ends within the first epoch: the run sees {updates * batch} of"
-            f" {schedule.num_rows} rows"
+            f" {format_count(schedule.num_rows, 'row')}"
         )
     if evaluation.eval_strategy == "steps" and (evaluation.eval_steps or 0) >= updates:
         yield (
-            f"`evaluation.eval_steps: {evaluation.eval_steps}` is not below the {updates} updates"
+            f"`evaluation.eval_steps: {evaluation.eval_steps}` is not below the"
+            f" {format_count(updates, 'update')}"
             " of the run: it evaluates only at the end, so the best checkpoint is the last"
         )
     if checkpoints.save_strategy == "steps" and (checkpoints.save_steps or 0) >= updates:
         yield (
-            f"`checkpoints.save_steps: {checkpoints.save_steps}` is not below the {updates} updates"
+            f"`checkpoints.save_steps: {checkpoints.save_steps}` is not below the"
+            f" {format_count(updates, 'update')}"
             " of the run: an interrupted run can resume only from its best checkpoint"
         )
     if stopping.enabled and schedule.num_evaluations <= stopping.patience:
         yield (
             f"`early_stopping.patience: {stopping.patience}` can never run out in"
-            f" {schedule.num_evaluations} evaluations"
+            f" {format_count(schedule.num_evaluations, 'evaluation')}"
         )
     num_halvings = recipe.launch.retries.out_of_memory
     if num_halvings and recipe.training.per_device_train_batch_size % 2:

@@ -42,6 +42,7 @@ from runner.report.statistics import (
 )
 from runner.report.verdicts import write_verdicts
 from runner.report.wording import name_some
+from runner.text import format_count
 
 # 4 values make 6 pairs of values; with more, each is compared only with the first
 MAX_VALUES_ALL_PAIRS: Final = 4
@@ -141,7 +142,8 @@ class _Grid:
         self.rows, self.name, self.absent = rows, rows[0].grid, absent
         count, are = len(rows) + len(absent), "is" if len(absent) == 1 else "are"
         self.why_exploratory = (
-            f"{len(absent)} of {count} runs of grid {self.name} {are} not in this report"
+            f"{len(absent)} of {format_count(count, 'run')} of grid {self.name} {are}"
+            " not in this report"
             if absent
             else ""
         )

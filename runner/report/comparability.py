@@ -18,6 +18,7 @@ from runner.report.effects import Cell, Metric
 from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS
 from runner.report.rows import ReportRow, axis_text, group_by_rules, group_by_test_rows
 from runner.report.wording import describe_version, name_library, name_some
+from runner.text import format_count
 
 # Relative tolerance for two scores of one base model at step 0: sums in narrow dtypes depend on the
 # batch and the device
@@ -353,7 +354,10 @@ def _count_in_arms(arms: Arms, is_so: Callable[[ReportRow], bool]) -> str:
     counts = [(sum(map(is_so, runs)), len(runs)) for runs in arms.sides]
     (first, of_first), (second, of_second) = counts
     names = arms.names
-    return f"{first} of {of_first} runs of {names[0]} and {second} of {of_second} of {names[1]}"
+    return (
+        f"{first} of {format_count(of_first, 'run')} of {names[0]} and {second} of"
+        f" {of_second} of {names[1]}"
+    )
 
 
 def _flag_training_rows(arms: Arms, differences: Mapping[str, int]) -> str:
@@ -425,7 +429,7 @@ def _flag_missing(arms: Arms) -> str:
         for side in (0, 1)
     ]
     counts = " and ".join(
-        f"{len(runs)} of {of} runs of {name}"
+        f"{len(runs)} of {format_count(of, 'run')} of {name}"
         for runs, of, name in zip(sides, planned, arms.names, strict=True)
     )
     what = _SURVIVORS if is_survivors else "not all runs have a score"
@@ -443,7 +447,9 @@ def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
     }
     lacking = {name: sum(fact(row) is None for row in completed) for name, fact in facts.items()}
     named = [
-        f"{name} ({count} of {len(completed)} runs)" for name, count in lacking.items() if count
+        f"{name} ({count} of {format_count(len(completed), 'run')})"
+        for name, count in lacking.items()
+        if count
     ]
     return [f"not recorded, so equality is unknown: {', '.join(named)}"] if named else []
 

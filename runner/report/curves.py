@@ -19,7 +19,7 @@ from runner.report.labels import (
     name_panel,
 )
 from runner.report.rows import ReportRow, axis_key, axis_text
-from runner.report.wording import count
+from runner.text import format_count
 
 MAX_CURVES: Final = 40  # in a figure
 MAX_CURVE_FIGURES: Final = 8
@@ -129,14 +129,16 @@ def _draw_curve_figure(
     caption = "One line per run. Dot: its best step, whose model is tested. Cross: the step at"
     caption += " which early stopping ended it. The base model (step 0) is not drawn."
     if last:
-        caption += f" In {count(last, 'run')} the last step was the best, so more steps might help."
+        caption += (
+            f" In {format_count(last, 'run')} the last step was the best, so more steps might help."
+        )
     if left_out:
-        caption += f" {count(left_out, 'more run')} left out of these figures."
+        caption += f" {format_count(left_out, 'more run')} left out of these figures."
     return Drawing(
         name,
         f"Learning curves, {panels[0][0]}",
         f"{' or '.join(map(label, metrics))} on the validation rows over optimizer steps of"
-        f" {count(len(runs), 'run')}; {stopped} stopped early.",
+        f" {format_count(len(runs), 'run')}; {stopped} stopped early.",
         caption,
         figure,
     )

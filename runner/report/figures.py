@@ -42,7 +42,7 @@ from runner.report.labels import (
 )
 from runner.report.row_pages import RowComparison
 from runner.report.rows import axis_text, is_number
-from runner.report.wording import count
+from runner.text import format_count
 
 MAX_EFFECTS: Final = 40
 MAX_EFFECT_FIGURES: Final = 3  # per metric
@@ -114,13 +114,14 @@ def _draw_forest(
     return Drawing(
         name,
         f"Effects on {metric.title}, {source}",
-        f"{count(len(lines), 'effect')} with intervals, {len(clear)} clear of 0 after correction,"
+        f"{format_count(len(lines), 'effect')} with intervals, {len(clear)} clear of 0"
+        " after correction,"
         f" {len(below)} below the noise floor. The table below has the numbers.",
         "Dot: estimate. Line: interval. Grey band: the noise floor; two single runs that differ"
         " only in the seed stay within it in 95% of cases, and estimates within it are grey."
         " Filled: declared before the first launch; open: exploratory."
         " Dotted line: rows only, no verdict on the recipe."
-        + (f" {count(left_out, 'effect')} in the table only." if left_out else ""),
+        + (f" {format_count(left_out, 'effect')} in the table only." if left_out else ""),
         figure,
     )
 
@@ -262,7 +263,7 @@ def _draw_panels(
         " Lines that are not parallel suggest that the effect of one axis depends on the other."
     )
     if left_out:
-        caption += f" {count(left_out, 'panel')} with the weakest interaction left out."
+        caption += f" {format_count(left_out, 'panel')} with the weakest interaction left out."
     pairs = dict.fromkeys(f"{panel.lines} along {panel.along}" for panel in panels)
     return Drawing(
         name,
@@ -338,7 +339,7 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
             " arm on the vertical axis is better."
         )
         if left_out:
-            caption += f" {count(left_out, 'comparison')} left out of these figures."
+            caption += f" {format_count(left_out, 'comparison')} left out of these figures."
         wins = [f"{one.title}: {one.num_wins} of {one.num_rows} rows better" for one in chunk]
         drawings.append(
             Drawing(

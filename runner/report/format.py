@@ -55,7 +55,7 @@ from runner.report.wording import (
     variance,
 )
 from runner.run.result import GenerationScore
-from runner.text import cut, cut_middle, escape_cell, fill, measure
+from runner.text import cut, cut_middle, escape_cell, fill, format_count, measure
 
 MAX_WIDTH: Final = 120  # terminal columns; a wider table is cut into several
 MAX_CELL: Final = 40  # of a value from a recipe
@@ -285,7 +285,9 @@ def _describe_axis(effects: AxisEffects) -> Iterator[str]:
         yield "**warning:** the recipes in each pair are the same"
     elif num_pairs:
         keys = [
-            key if number == num_pairs else f"{key} (only in {number} of {num_pairs} pairs)"
+            key
+            if number == num_pairs
+            else f"{key} (only in {number} of {format_count(num_pairs, 'pair')})"
             for key, number in effects.recipe_differences.items()
         ]
         yield f"the recipes differ in {', '.join(keys)}"

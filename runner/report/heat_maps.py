@@ -19,7 +19,8 @@ from runner.report.labels import (
     list_places,
 )
 from runner.report.rows import axis_key, axis_text
-from runner.report.wording import count, decimal
+from runner.report.wording import decimal
+from runner.text import format_count
 
 NUM_SHADES: Final = 8  # classes q0 (worst) to q7 (best)
 _MAX_COLUMNS: Final = 8
@@ -130,7 +131,7 @@ def _build_heat_cell(
     return HeatCell(
         decimal(fmean(scores)),
         f"± {decimal(stdev(scores))}" if len(scores) > 1 else "",
-        count(len(scores), "seed"),
+        format_count(len(scores), "seed"),
         f"q{min(NUM_SHADES - 1, int(share * NUM_SHADES))}",
         cell.missing,
     )

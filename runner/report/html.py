@@ -51,8 +51,8 @@ from runner.report.page_parts import (
 )
 from runner.report.row_pages import RowComparison, RowTexts, TextSource, build_row_comparisons
 from runner.report.rows import axis_text, list_axes, list_values
-from runner.report.wording import count, count_states
-from runner.text import cut, format_bytes
+from runner.report.wording import count_states
+from runner.text import cut, format_bytes, format_count
 
 MAX_PAGE_BYTES: Final = 2_400_000  # no more rows are added beyond this size
 MAX_ROWS_IN_PAGE: Final = 200  # per comparison
@@ -156,12 +156,12 @@ def write_pages(
     if figures is not None:
         for drawing in built.drawings:
             write_bytes_atomic(figures / f"{drawing.name}.pdf", drawing.as_pdf())
-        lines.append(f"figures: {count(len(built.drawings), 'PDF')} in {figures}")
+        lines.append(f"figures: {format_count(len(built.drawings), 'PDF')} in {figures}")
     if rows is not None:
         texts = TextSource()
         for name, one in name_comparisons(built.comparisons).items():
             write_text_atomic(rows / name, _render_comparison(one, texts, options))
-        lines.append(f"rows: {count(len(built.comparisons), 'page')} in {rows}")
+        lines.append(f"rows: {format_count(len(built.comparisons), 'page')} in {rows}")
     return lines
 
 
@@ -226,7 +226,8 @@ def _name_left_out(num_shown: int, num_left_out: int) -> str:
     if not num_left_out:
         return f"All {num_shown:,} rows, the largest differences first."
     return (
-        f"The {count(num_shown, 'row')} with the largest differences; {num_left_out:,} more are"
+        f"The {format_count(num_shown, 'row')} with the largest differences;"
+        f" {num_left_out:,} more are"
         " left out. <code>--rows DIR</code> writes a page with all of them."
     )
 
@@ -325,7 +326,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["prose"] = show_prose
-    environment.globals |= {"count": count, "axis_text": axis_text}
+    environment.globals |= {"count": format_count, "axis_text": axis_text}
     return environment
 
 
@@ -381,8 +382,8 @@ def _ask(report: Report, grids: Sequence[str]) -> str:
     words += f" {'does' if len(several) == 1 else 'do'} {join_words(several) or 'the runs'} change?"
     if seeds:
         low, high = min(seeds), max(seeds)
-        each = count(low, "seed") if low == high else f"{low} to {high} seeds"
-        words += f" {count(len(report.cells), 'cell')}, each trained with {each};"
+        each = format_count(low, "seed") if low == high else f"{low} to {high} seeds"
+        words += f" {format_count(len(report.cells), 'cell')}, each trained with {each};"
         words += " scores are on the test rows, which were not used to select checkpoints."
     return words
 

@@ -23,8 +23,9 @@ from runner.report.page_parts import (
     build_table,
 )
 from runner.report.rows import ReportRow, axis_key, list_axes
-from runner.report.wording import count, describe_version, name_library
+from runner.report.wording import describe_version, name_library
 from runner.strict import thaw
+from runner.text import format_count
 
 NOT_RECORDED: Final = "not recorded"
 MAX_CERTIFICATES: Final = 12
@@ -85,9 +86,12 @@ def _build_certificate(title: str, name: str, one: Certificate) -> PageCertifica
     summary = f"{numbers['equal']} equal, "
     summary += f"{numbers['close']} equal up to rounding, " if numbers["close"] else ""
     summary += f"{numbers['differs']} differ"
-    summary += f", {numbers['not recorded']} not recorded; {len(one.pairs)} pairs of runs"
+    pairs = format_count(len(one.pairs), "pair")
+    summary += f", {numbers['not recorded']} not recorded; {pairs} of runs"
     if one.unexplained:
-        summary += f"; not explained by the axis: {count(len(one.unexplained), 'difference')}"
+        summary += (
+            f"; not explained by the axis: {format_count(len(one.unexplained), 'difference')}"
+        )
     order = ("differs", "not recorded", "close", "equal")
     rows = []
     for line in sorted(one.lines, key=lambda line: order.index(line.status)):

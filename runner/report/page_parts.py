@@ -20,7 +20,8 @@ from runner.report.labels import (
     list_places,
 )
 from runner.report.rows import ReportRow, axis_text, list_axes
-from runner.report.wording import count, probability, signed
+from runner.report.wording import probability, signed
+from runner.text import format_count
 
 NUM_HASH_CHARACTERS: Final = 12
 
@@ -187,7 +188,7 @@ def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCe
         number(interval.estimate, is_signed=True),
         PageCell(f"{signed(bounds[0])} to {signed(bounds[1])} ({level})" if bounds else ""),
         PageCell(probability(effect.p_adjusted), effect.p_adjusted),
-        PageCell(count(len(notes), "note") if notes else "", len(notes), notes=notes),
+        PageCell(format_count(len(notes), "note") if notes else "", len(notes), notes=notes),
         status,
         number(effect.noise_floor),
         within,

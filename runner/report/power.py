@@ -28,10 +28,9 @@ from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS, NLL_PER_COMPLET
 from runner.report.rows import ReportRow, axis_text, list_axes, list_metrics, list_values
 from runner.report.statistics import CellScores, per_seed_cell
 from runner.report.variances import measure
-from runner.report.wording import count
 from runner.run.paths import RunPaths
 from runner.run.record import list_trained, load_record
-from runner.text import align, cut, cut_middle
+from runner.text import align, cut, cut_middle, format_count
 
 # Degrees of freedom of the seed variance below which plans are only a range, or marked as rough
 MIN_NU: Final = 4
@@ -405,9 +404,9 @@ def _measure_hours(run: ReportRow) -> float | None:
 def format_power(report: PowerReport) -> str:
     """Returns the plan as text, at most 120 columns wide."""
     low, high = report.range_of_seeds
-    seeds = f"mostly {count(report.num_seeds, 'seed')} each ({low} to {high})"
+    seeds = f"mostly {format_count(report.num_seeds, 'seed')} each ({low} to {high})"
     if low == high:
-        seeds = f"{count(low, 'seed')} each"
+        seeds = f"{format_count(low, 'seed')} each"
     unit = report.metric.unit if report.metric.unit != report.metric.title else "its own units"
     lines = [
         f"{report.grid}, {report.task}: {report.metric.title}, in {unit}",

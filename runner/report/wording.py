@@ -23,7 +23,7 @@ from runner.report.rows import (
     list_values,
 )
 from runner.report.statistics import Interval
-from runner.text import ELLIPSIS, one_line
+from runner.text import ELLIPSIS, format_count, one_line
 
 MAX_NAMED: Final = 3  # names in one note; JSON has all
 MAX_SENTENCE: Final = 2000  # characters of a text for people
@@ -212,17 +212,6 @@ def level_text(level: float) -> str:
     return f"{round(100 * level, 2):g}%"
 
 
-def count(number: int, noun: str) -> str:
-    """Formats a number of things.
-
-    >>> count(1, "run"), count(2, "run"), count(2, "query")
-    ('1 run', '2 runs', '2 queries')
-    """
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
-
-
 def name_some(names: Iterable[str], separator: str = ", ", most: int = MAX_NAMED) -> str:
     """Joins the first names, followed by the number of names left out."""
     listed = list(names)
@@ -234,7 +223,7 @@ def count_states(rows: Sequence[ReportRow]) -> str:
     """Returns the number of runs, in total and in each state."""
     counts = Counter(row.state for row in rows)
     states = ", ".join(f"{counts[state]:,} {state}" for state in get_args(State) if counts[state])
-    return f"{count(len(rows), 'run')}, {states}" if rows else "no runs"
+    return f"{format_count(len(rows), 'run')}, {states}" if rows else "no runs"
 
 
 def name_cell(axes: Mapping[str, object]) -> str:
@@ -246,7 +235,9 @@ def name_scope(effect: Effect, constant: Collection[str] = ()) -> str:
     """Describes the cells of an effect; axes that are `constant` in the report are left out."""
     at = {axis: value for axis, value in effect.at.items() if axis not in constant}
     if not at:
-        return f"mean of {count(len(effect.pairs), 'cell')}" if len(effect.pairs) > 1 else "all"
+        return (
+            f"mean of {format_count(len(effect.pairs), 'cell')}" if len(effect.pairs) > 1 else "all"
+        )
     return name_cell(at)
 
 

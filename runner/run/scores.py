@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from runner.run.result import SplitScore, TrainResult
+from runner.text import format_count
 
 _COUNTS: Final = ("num_completion_tokens", "num_tokens", "num_bytes")
 _SUMS: Final = ("completion_nll_sum", "template_nll_sum", "nll_sum")
@@ -87,7 +88,7 @@ def _find_impossible_rows(eval_rows: Sequence[Mapping[str, Any]]) -> Iterator[st
             found.append(f"row {number} of eval_rows.jsonl: {why}")
     yield from found[:_NUM_SHOWN]
     if len(found) > _NUM_SHOWN:
-        yield f"and {len(found) - _NUM_SHOWN} more rows of eval_rows.jsonl"
+        yield f"and {format_count(len(found) - _NUM_SHOWN, 'more row')} of eval_rows.jsonl"
 
 
 def _compare(score: SplitScore, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

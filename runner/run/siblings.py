@@ -14,6 +14,7 @@ from runner.errors import CorruptFileError
 from runner.files import load_json
 from runner.recipe.hub import HubName, is_commit, name_at
 from runner.run.record import StoredRecipe
+from runner.text import format_count
 
 _NUM_NAMED: Final = 3
 
@@ -55,7 +56,7 @@ class LoadedName:
         parts = []
         for commit, runs in self.runs.items():
             more = "" if len(runs) <= _NUM_NAMED else ", ..."
-            count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+            count = format_count(len(runs), "run")
             parts.append(f"{commit[:12]} in {count} ({', '.join(runs[:_NUM_NAMED])}{more})")
         return "; ".join(parts)
 

@@ -25,6 +25,7 @@ from runner.plan.select import Selected, select_recipes
 from runner.plan.status import describe_running
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
+from runner.text import format_count
 
 _LOOK_SECONDS: Final = 0.25  # between two checks of a growing log
 _MAX_LISTED: Final = 5
@@ -51,7 +52,8 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
     number = number or numbers[-1]
     if number not in numbers:
         raise RunnerError(
-            f"{selected.full_name} has {len(numbers)} attempts; there is no attempt {number}"
+            f"{selected.full_name} has {format_count(len(numbers), 'attempt')};"
+            f" there is no attempt {number}"
         )
     if follow:
         try:

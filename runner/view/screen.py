@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from runner.plan.select import label_value
-from runner.text import clean, cut, cut_middle, fill, format_seconds, measure, pad
+from runner.text import clean, cut, cut_middle, fill, format_count, format_seconds, measure, pad
 from runner.view.progress import (
     UNICODE,
     Glyphs,
@@ -157,7 +157,8 @@ class GridTable:
         if hidden:
             counts = count_states(state for row in hidden for state in states[row])
             counted = ", ".join(f"{count} {state}" for state, count in counts)
-            lines.append(((f"{self._glyphs.ellipsis} {len(hidden)} more rows: {counted}", "dim"),))
+            more = format_count(len(hidden), "more row")
+            lines.append(((f"{self._glyphs.ellipsis} {more}: {counted}", "dim"),))
         return [cut_line(line, width, self._glyphs.ellipsis) for line in lines]
 
     def _draw_header(self, layout: _Layout) -> list[Line]:
@@ -385,9 +386,8 @@ class Screen:
         if hidden := max(0, len(blocks) - height):
             hidden += 1
             num_runs = sum(len(trouble.views) for trouble in troubles[-hidden:])
-            blocks[-hidden:] = [
-                [((f"{self._glyphs.ellipsis} {num_runs} more runs need attention", "dim"),)]
-            ]
+            need = f"{format_count(num_runs, 'more run')} need{'s' if num_runs == 1 else ''}"
+            blocks[-hidden:] = [[((f"{self._glyphs.ellipsis} {need} attention", "dim"),)]]
         return [line for block in blocks for line in block][:height]
 
     def _describe_trouble(self, trouble: Trouble, width: int) -> list[Line]:

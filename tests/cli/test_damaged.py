@@ -12,10 +12,11 @@ import pytest
 from runner.cli.main import main
 from runner.files import load_json, write_json_atomic
 from runner.recipe.contents import ContentHashes, hash_contents
-from runner.recipe.identity import RULES, derive_digest
+from runner.recipe.identity import RULES, build_resume_fingerprint, derive_digest
 from runner.recipe.parse import load_recipe
 from runner.run.paths import RunPaths, content_cache_path
 from tests.conftest import RECIPE_TEXT, ROOT
+from tests.support.fake_checkpoints import commit_under
 from tests.support.model_folders import make_model_folder
 from tests.support.settled import settle
 from tests.support.whole_runs import BY_BYTES, BY_SIZE, FILES, add_files
@@ -178,6 +179,18 @@ def test_other_bytes_are_seen_by_what_reads_them(say: Say, name: str, damage: st
     assert f"tests/hurt is damaged: {name} does not match its recorded checksum" in errors
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
     assert (code == 2 and name in errors) or "the best checkpoint" in errors
+
+
+def test_the_verdict_of_a_checkpoint_agrees_with_the_state(say: Say) -> None:
+    recipe, paths = load_recipe(Path("recipes/hurt.yaml")), paths_of("hurt")
+    digest = derive_digest(recipe, hash_contents(recipe, ContentHashes(Path("cache.json"))))
+    count = recipe.launch.num_processes
+    commit_under(paths, 4, build_resume_fingerprint(recipe, digest, count, threads="1"))
+    nothing = "step-4  intact; nothing would be started: the run is"
+    assert f"{nothing} completed\n" in say("why", "recipes/hurt.yaml")[1]
+    hurt("samples.json", "bit flipped")
+    output = say("why", "recipes/hurt.yaml")[1]
+    assert f"{nothing} damaged, but a launch checks only file sizes\n" in output
 
 
 def read_tree() -> dict[Path, bytes]:

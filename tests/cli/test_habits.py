@@ -46,16 +46,32 @@ def test_options_of_others_are_answered_with_the_command(
     assert fake.tree() == before and fake.events() == []
 
 
-def test_what_is_not_known_is_refused_as_before(
-    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("sweep --slot 2 toy", "runner sweep --slots 2 toy"),
+        (f"launch {A} --dry", f"runner launch {A} --dry-run"),
+        (f"launch {A} --num-proc=1", f"runner launch {A} --num-processes=1"),
+        ("rerun toy --engin slurm", "runner rerun toy --engine slurm"),
+        ("init new '--promt={a} {b}'", "runner init new '--prompt={a} {b}'"),
+        ("status --jsno", "runner status --json"),
+        ("clean --dry_run", "runner clean --dry-run"),
+        ("--debg status", "runner --debug status"),
+        ("recipe --nonsense 3", "`runner recipe --help` lists the options"),
+        (f"launch {A} --nonsense 3", "`runner launch --help` lists the options"),
+        ("--nonsense status", "`runner --help` lists the options"),
+    ],
+)
+def test_only_whole_options_are_accepted(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], words: str, hint: str
 ) -> None:
+    """`--slot 2` meant `--slots 2`, so a typo started a sweep."""
     fake.add("a")
-    with pytest.raises(SystemExit) as caught:
-        main(["launch", A, "--nonsense", "3"])
-    assert (
-        caught.value.code == 2 and "unrecognized arguments: --nonsense" in capsys.readouterr().err
-    )
-    assert main(["launch", A, "--dry", "--num-proc", "1"]) == 0, "beginnings of options are taken"
+    before = fake.tree()
+    assert main(shlex.split(words)) == 2
+    said = capsys.readouterr().err
+    assert "is not an option of `runner" in said and said.endswith(f"\n\nhint: {hint}\n")
+    assert fake.tree() == before and fake.events() == []
 
 
 def test_an_override_of_others_is_answered_once_for_many_recipes(

@@ -76,7 +76,6 @@ def test_python_dash_m_is_the_same(fake: FakeLauncher) -> None:
         ["sweep", "recipes/toy", "--list", "--dry-run"],
         ["launch", "recipes/toy/a.yaml", "--num-processes", "-1"],
         ["launch", "recipes/toy/a.yaml", "--dry-run", "--prepare"],
-        ["status", "--unknown"],
         ["check", "recipes/toy", "--schema-only", "--json"],
     ],
 )
@@ -88,6 +87,18 @@ def test_a_usage_error_is_2(
         main(arguments)
     assert caught.value.code == 2 and "usage: " in capsys.readouterr().err
     assert fake.events() == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"), [("launch", "RECIPE"), ("masks", "RECIPE"), ("why", "RUN"), ("sweep", "PATH")]
+)
+def test_only_what_is_required_is_missing(
+    verb: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Overrides are optional."""
+    with pytest.raises(SystemExit):
+        main([verb])
+    assert capsys.readouterr().err.endswith(f"arguments are required: {name}\n")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +131,7 @@ def test_a_usage_error_is_2(
             ["launch", "recipes/toy/a.yaml", "--num-processes", "3"],
             "is not divisible by 3 processes",
         ),
-        (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl has "),
+        (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl looks like rows"),
         (["report", "nowhere"], "no recipe, run or grid is named 'nowhere'"),
     ],
 )
@@ -198,7 +209,7 @@ def test_status_is_a_line_per_run_and_json_for_scripts(
         ["toy/bb", "pending"],
         ["toy/ccc", "failed"],
     ]
-    assert lines[0][2] == "2/2" and lines[2][2:4] == ["1/2", "0.2500"]
+    assert lines[0][2] == "2/2" and lines[2][2:5] == ["1/2", "loss", "0.2500"]
     assert lines[2][-3:] == ["data:", "row", "7"], "the first line of a reason"
     assert main(["status", "recipes/toy", "--json"]) == 0
     a, bb, ccc = json.loads(capsys.readouterr().out)

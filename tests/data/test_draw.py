@@ -127,7 +127,7 @@ def test_duplicates_are_counted_and_never_straddle_splits(tmp_path: Path) -> Non
     [
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', r"line 2: is not JSON"),
         ("\n", "0 different rows are left for the test split, which needs 15"),
-        ('{"prompt": "a", "completion": "b"}\n', "1 different rows are left for the test split"),
+        ('{"prompt": "a", "completion": "b"}\n', "1 different row is left for the test split"),
     ],
 )
 def test_a_damaged_or_short_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -84,7 +84,7 @@ def test_a_row_that_is_too_long_is_refused_cut_or_dropped(tmp_path: Path, tokeni
     base = {**counts, "test": test, "validation": validation, "max_length": 64}
 
     with pytest.raises(
-        DataError, match=r"1 rows of the train split .*max_length: 64[\s\S]*line 21: \d+ tokens"
+        DataError, match=r"1 row of the train split .*max_length: 64[\s\S]*line 21: \d+ tokens"
     ):
         build_samples(section(path, **base), tokenizer)
 

@@ -127,7 +127,10 @@ def test_names_are_short_and_each_value_has_one(
         (["training.optim=no"], ("YAML reads the plain no as false",)),
         (["run.name=x"], ("the grid itself sets the keys of `run`",)),
         (["adapter.target_modules=[q_proj],all-linear"], ("got a list, expected texts",)),
-        (["training.per_device_train_batch_size=4,3"], ("size=3: a global batch of 8 cannot",)),
+        (
+            ["training.per_device_train_batch_size=4,3"],
+            ("size=3: a global batch of 8 is not divisible by 1 process x 3",),
+        ),
         (["quantization.method=4bit"], ("bnb_4bit_quant_type: is missing", "{% if %}")),
         (["adapter.method=none"], ("error: recipe_templates/first/recipe.yaml.j2", "{% if %}")),
         (["training.max_steps=2", "training.num_train_epochs=1"], ("cannot both be axes",)),

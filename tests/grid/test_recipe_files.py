@@ -265,7 +265,7 @@ def test_a_recipe_of_an_older_version_gets_its_sum(
         strip_sum(path)
     capsys.readouterr()
     assert render_grids("toy", check=True, prune=False, root=root) == 0
-    assert "8 recipes have no checksum in their first line yet" in capsys.readouterr().out
+    assert "8 recipes with no checksum in the first line yet" in capsys.readouterr().out
     assert render_grids("toy", check=False, prune=False, root=root) == 0
     assert {path: path.read_bytes() for path in before} == before
 

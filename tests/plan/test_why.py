@@ -77,6 +77,19 @@ def test_a_run_is_named_whether_or_not_it_was_started(
     assert value_of(why(name), "state").startswith("interrupted")
 
 
+def test_a_name_is_read_from_its_recipe_file_as_launch_does(fake: FakeLauncher, why: Any) -> None:
+    """`why NAME` said *interrupted* of a run that `launch NAME` refused as *changed*."""
+    interrupted(fake)
+    text = Path(RECIPE).read_text()
+    Path(RECIPE).write_text(text.replace("max_steps: 2,", "max_steps: 3,"))
+    for name in ("toy/a", "a", RECIPE):
+        assert value_of(why(name), "next").startswith("refuse: changed"), name
+        assert value_of(why(name), "differs") == "training.max_steps: 2 -> 3"
+    assert value_of(why("runs/toy/a"), "state").startswith("interrupted"), "as it was recorded"
+    Path(RECIPE).unlink()
+    assert value_of(why("a"), "state").startswith("interrupted"), "there is nothing else"
+
+
 def test_a_name_of_no_run_is_2_and_words(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:

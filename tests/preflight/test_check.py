@@ -191,12 +191,12 @@ def test_doubts_about_tokens_are_raised(here: Project) -> None:
         )
     )
     assert re.search(
-        r"1 \w+ rows contain text that the tokenizer reads as a special token, the first is"
+        r"1 \w+ row contains text that the tokenizer reads as a special token, the first is"
         " pasted.jsonl line 1",
         text,
     )
     assert re.search(
-        r"1 \w+ rows have an empty answer, the first is silent.jsonl line"
+        r"1 \w+ row has an empty answer, the first is silent.jsonl line"
         f" {len(lines) + 1}",
         text,
     )
@@ -296,7 +296,7 @@ def test_rows_that_a_cut_makes_equal_are_counted(here: Project) -> None:
     (here.root / "long.jsonl").write_text("\n".join(lines))
     changes = ("data.train.path=long.jsonl", "data.max_length=24", "data.truncation=prompt_left")
     text = warnings_of(check_recipes([named(here, "cut", *changes)]))
-    assert re.search(r"\d+ rows have the same tokens as a row of another split after they", text)
+    assert re.search(r"\d+ rows have the same tokens as a row of another split after being", text)
     assert "rows begin in the middle of a message, cut by `data.truncation: prompt_left`" in text
 
 

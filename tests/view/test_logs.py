@@ -111,7 +111,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
             ["recipes/toy/new.yaml"],
             ["toy/new has no attempt yet", "hint: runner launch recipes/toy/new.yaml"],
         ),
-        (["runs/toy/a", "--attempt", "2"], ["toy/a has 1 attempts; there is no attempt 2"]),
+        (["runs/toy/a", "--attempt", "2"], ["toy/a has 1 attempt; there is no attempt 2"]),
         (
             ["recipes/toy"],
             [
