@@ -296,7 +296,7 @@ def test_a_template_without_end_ends(tmp_path: Path) -> None:
     words = [Path(sys.executable).parent / "runner", "render", "toy"]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and not (root / "recipes").exists()
-    assert done.stderr.startswith("error: recipe_templates/toy/recipe.yaml.j2, line 1: takes more")
+    assert done.stderr.startswith("error: recipe_templates/toy/recipe.yaml.j2, line 1: needs more")
     assert "10 seconds of CPU time" in done.stderr and "Traceback" not in done.stderr
 
 

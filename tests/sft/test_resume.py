@@ -150,7 +150,8 @@ def test_a_checkpoint_of_other_rows_is_not_continued_and_nothing_is_changed(
     paths.samples_path.write_text(json.dumps(samples))
     before = snapshot_without_attempts(paths)
     result = try_launch(finished, name, *overrides)
-    assert result.returncode == 10 and "other-rows failed, data: the rows are not" in result.stderr
+    assert result.returncode == 10
+    assert "other-rows failed, data: the rows differ from" in result.stderr
     assert "\n  validation: differs in mask_hash\n" in result.stderr
     assert read_attempts(paths)[-1]["failure"]["kind"] == "data"
     assert snapshot_without_attempts(paths) == before
