@@ -103,7 +103,8 @@ def test_a_run_that_somebody_stops_is_left(fake: FakeLauncher) -> None:
     ends = [finish(one) for one in (holding, waiting)]
     assert [code for code, _, _ in ends] == [1, 1]
     stderr = ends[1][2]
-    assert "toy/b stopped, preempted: (by another sweep) asked by `runner stop`: stopped at" in stderr
+    reason = "preempted: (by another sweep) asked by `runner stop`: stopped at step 1"
+    assert f"toy/b stopped, {reason}" in stderr
     assert stderr.endswith("\n2 runs: 1 completed, 1 interrupted\n")
     assert list_kinds(fake, "b") == ["preempted"]
     assert main(["sweep", "recipes/toy"]) == 0, "who asks anew gets it"
