@@ -35,8 +35,8 @@ from runner.checkpoints.marker import (
 )
 from runner.errors import CorruptFileError, RefusedError
 from runner.recipe.identity import build_resume_fingerprint
+from runner.recipe.launch_section import CheckpointsSection
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths
 
 Wanted = Literal["auto", "latest", "best"]

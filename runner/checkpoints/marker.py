@@ -29,7 +29,7 @@ from runner.files import (
     load_json,
     write_json_atomic,
 )
-from runner.recipe.schema import CheckpointsSection
+from runner.recipe.launch_section import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths, marker_path
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

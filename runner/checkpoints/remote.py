@@ -24,8 +24,8 @@ from runner.checkpoints.archive import TEMPORARY_GLOB, write_archive
 from runner.checkpoints.marker import list_committed
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import append_jsonl, hash_file, load_jsonl
+from runner.recipe.launch_section import RemoteStorage
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import RemoteStorage
 from runner.run.paths import STEP_PREFIX, AttemptPaths, RunPaths
 from runner.run.record import now_utc
 from runner.secrets import scrub_json

@@ -52,8 +52,8 @@ from runner.checkpoints.remote import RemoteFolder, open_named_archive, retry
 from runner.checkpoints.retention import apply_retention
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import fsync_dir
+from runner.recipe.launch_section import CheckpointsSection
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths
 
 _OTHER_RUN: Final = (

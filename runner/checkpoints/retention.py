@@ -23,7 +23,7 @@ from runner.checkpoints.marker import (
 )
 from runner.errors import CorruptFileError
 from runner.files import fsync_dir
-from runner.recipe.schema import CheckpointsSection
+from runner.recipe.launch_section import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths
 
 # Files that only resuming needs, as Transformers and DeepSpeed name them.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from runner.launch.placement import PlanRuns
     from runner.plan.select import Selected
-    from runner.recipe.schema import LaunchSection
+    from runner.recipe.launch_section import LaunchSection
 
 # From TERM to KILL: enough for the current step and a checkpoint.
 GRACE_SECONDS: Final = 300

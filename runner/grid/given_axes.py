@@ -16,8 +16,9 @@ from typing import Any, Final
 from runner.errors import MAX_SHOWN_PROBLEMS, RecipeError, RunnerError
 from runner.grid.spec import SEED_AXIS, TAKEN_NAMES, find_label, show_label
 from runner.grid.template import quote_yaml
-from runner.recipe.parse import parse_recipe, read_values
+from runner.recipe.parse import parse_recipe
 from runner.recipe.schema import Scalar
+from runner.recipe.values import read_values
 
 MODEL_AXIS: Final = "model"
 LOSS_AXIS: Final = "loss"

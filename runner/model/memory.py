@@ -23,9 +23,9 @@ import yaml
 from runner.checkpoints.marker import list_committed, load_marker
 from runner.errors import CorruptFileError
 from runner.model.size import ActivationCurve, ModelSize, TrainedTensor
+from runner.recipe.evaluation_section import GenerationOn
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule
-from runner.recipe.schema import GenerationOn
 from runner.run.paths import RunPaths
 from runner.text import format_mib
 

@@ -15,8 +15,8 @@ from runner.data.draw import RawRow, RawSplits
 from runner.data.rows import expand_turns
 from runner.errors import DataError
 from runner.functions import Metric
+from runner.recipe.evaluation_section import GenerationOn
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import GenerationOn
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from runner.model.size import (
     trace_cache,
 )
 from runner.preflight.survey import CheckedRun, CheckResult, group_runs
+from runner.recipe.evaluation_section import GenerationOn
 from runner.recipe.parse import Recipe, derive_answer_batch
-from runner.recipe.schema import GenerationOn
 from runner.text import format_bytes
 
 Value = TypeVar("Value")

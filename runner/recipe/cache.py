@@ -23,8 +23,9 @@ from pydantic import ValidationError
 import runner
 from runner.errors import CorruptFileError, RecipeError
 from runner.files import hash_json, hash_sources, load_json, read_plain, write_bytes_atomic
-from runner.recipe.parse import Recipe, load_recipe, read_values
+from runner.recipe.parse import Recipe, load_recipe
 from runner.recipe.problems import SAFE_LOADER
+from runner.recipe.values import read_values
 from runner.secrets import list_refused_values
 from runner.strict import list_texts
 

@@ -20,6 +20,7 @@ import yaml
 
 from runner.errors import CorruptFileError
 from runner.files import hash_json, load_json
+from runner.recipe.evaluation_section import GenerationOn
 from runner.recipe.parse import (
     Recipe,
     derive_accumulation,
@@ -27,7 +28,6 @@ from runner.recipe.parse import (
     derive_eval_batch,
     derive_micro_batch,
 )
-from runner.recipe.schema import GenerationOn
 
 # Sections that only decide where a run runs, how it is tracked or how its global batch is split.
 _PLACEMENT_SECTIONS: Final = frozenset({"run", "launch", "tracking"})

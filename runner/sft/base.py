@@ -26,7 +26,7 @@ from transformers import Trainer
 from runner.data.rows import Samples
 from runner.errors import CorruptFileError, put_in_words
 from runner.files import MAX_ROWS_BYTES, hash_json, load_json, write_json_atomic
-from runner.recipe.schema import GenerationOn
+from runner.recipe.evaluation_section import GenerationOn
 from runner.run.entries import (
     Entry,
     find_entry,

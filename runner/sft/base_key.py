@@ -25,11 +25,11 @@ from transformers import Trainer
 from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed, list_editable
 from runner.data.rows import Row, Samples
 from runner.model.load import count_rows
+from runner.recipe.evaluation_section import GenerationOn
 from runner.recipe.hub import is_commit
 from runner.recipe.identity import list_library_versions, load_launch_settings
 from runner.recipe.libraries import find_unused_libraries
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import GenerationOn
 from runner.run.record import AskedBase
 from runner.secrets import names_secret
 from runner.sft.context import RunContext

@@ -11,8 +11,8 @@ from typing import Any, Final
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from runner.checkpoints.marker import find_best_step, list_evaluations, rank_steps
+from runner.recipe.evaluation_section import EarlyStoppingOn
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import EarlyStoppingOn
 from runner.run.record import Progress
 from runner.run.result import StopReason
 from runner.sft.context import RunContext

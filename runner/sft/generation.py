@@ -26,8 +26,8 @@ from runner.data.tasks.base import Judgement, Task
 from runner.errors import DataError
 from runner.files import load_jsonl, write_jsonl_atomic
 from runner.functions import Metric
+from runner.recipe.evaluation_section import EarlyStoppingOn, GenerationOn
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import EarlyStoppingOn, GenerationOn
 from runner.run.result import GenerationScore
 from runner.sft.evaluate import share_rows
 

@@ -52,9 +52,9 @@ from runner.model.weights import (
     verify_same_weights,
     verify_score,
 )
+from runner.recipe.evaluation_section import GenerationOn
 from runner.recipe.identity import list_library_versions
 from runner.recipe.parse import derive_answer_batch
-from runner.recipe.schema import GenerationOn
 from runner.run.manifest import (
     FileRecord,
     Manifest,

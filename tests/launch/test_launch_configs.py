@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from runner.recipe.schema import LaunchSection, Training
+from runner.recipe.launch_section import LaunchSection
+from runner.recipe.schema import Training
 from tests.conftest import ROOT
 
 RECIPE, ACCELERATE, DEEPSPEED, ARGV = (

@@ -11,7 +11,8 @@ import yaml
 
 from runner.recipe.json_schema import build_schema
 from runner.recipe.keys import list_all_keys
-from runner.recipe.parse import parse_recipe, read_values
+from runner.recipe.parse import parse_recipe
+from runner.recipe.values import read_values
 from tests.conftest import ROOT
 
 SCHEMA = build_schema()

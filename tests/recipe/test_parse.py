@@ -17,14 +17,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from runner.errors import Problem, RecipeError, RefusedError
-from runner.recipe.parse import (
-    MAX_RECIPE_BYTES,
-    Recipe,
-    derive_accumulation,
-    dump_recipe,
-    load_recipe,
-    parse_recipe,
-)
+from runner.recipe.parse import Recipe, derive_accumulation, dump_recipe, load_recipe, parse_recipe
+from runner.recipe.values import MAX_RECIPE_BYTES
 
 TEXT = """\
 run: {grid: toy, name: base, axes: {size: 1, nested: {list: [1, {deep: 2}]}}}

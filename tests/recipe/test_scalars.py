@@ -197,7 +197,7 @@ def test_the_command_line_renders_no_such_grid(tmp_path: Path) -> None:
 
 def test_what_a_template_writes_is_quoted() -> None:
     from runner.grid.template import quote_yaml
-    from runner.recipe.parse import _read_plainly
+    from runner.recipe.values import _read_plainly
 
     for value in [*CHANGED, *KEPT]:
         found, problems = _read_plainly(quote_yaml({value: value}))

@@ -9,8 +9,8 @@ import pytest
 
 from runner.errors import RecipeError, RunnerError
 from runner.recipe.identity import derive_digest
+from runner.recipe.launch_section import Tracker
 from runner.recipe.parse import dump_recipe, parse_recipe
-from runner.recipe.schema import Tracker
 from runner.recipe.trackers import PACKAGES, require_trackers
 from tests.conftest import Project
 

@@ -45,7 +45,7 @@ def test_effects_of_opposite_sign_in_two_models_have_no_mean(tmp_path: Path) -> 
         assert by_model[model].is_clear
     text = told(report)
     assert "loss: the effect of full -> completion" in text and "depends on model" in text
-    assert "so no overall effect" in text
+    assert "so no overall effect is given" in text
     assert "full is better than completion by 0." in text
     assert "completion is better than full by 0." in text
 

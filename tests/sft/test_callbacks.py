@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import TrainerControl, TrainerState
 
 from runner.checkpoints.marker import find_best_step, list_evaluations
+from runner.recipe.evaluation_section import EarlyStoppingOn
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import EarlyStoppingOn
 from runner.sft.callbacks import FlowCallback, is_out_of_patience
 from tests.conftest import Project
 

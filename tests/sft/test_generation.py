@@ -28,7 +28,8 @@ from runner.data.tasks.sst2 import Sst2Task
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
 from runner.recipe.data_section import DataSection
-from runner.recipe.schema import EvaluationSection, ModelSection
+from runner.recipe.evaluation_section import EvaluationSection
+from runner.recipe.schema import ModelSection
 from runner.run.result import GenerationScore, SplitScore
 from runner.sft.generation import (
     Answer,

@@ -17,8 +17,8 @@ from runner.checkpoints.restore import choose_resume_step
 from runner.launch.run_files import prepare_run
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
+from runner.recipe.launch_section import CheckpointsSection
 from runner.recipe.parse import Recipe, parse_recipe
-from runner.recipe.schema import CheckpointsSection
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
 from runner.run.record import Attempt, RunRecord, write_record
