@@ -268,12 +268,16 @@ class LocalSlurm:
         daemon.wait()
 
     def kill_jobs(self, node: str | None = None) -> None:
-        """SIGKILL for everything that jobs run on a node (or on all), their step daemons first."""
-        for pid in [
-            one for step in self.list_steps(node) for one in (step, *list_descendants(step))
-        ]:
+        """SIGKILL for everything that jobs run on a node (or on all), their step daemons first;
+        returns when all of it has ended, which a signal alone does not wait for.
+        """
+        pids = [one for step in self.list_steps(node) for one in (step, *list_descendants(step))]
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        wait_until(
+            lambda: not any(read(Path(f"/proc/{pid}/environ")) for pid in pids), "the jobs end"
+        )
 
     def list_steps(self, node: str | None = None) -> list[int]:
         """Process ids of this cluster's slurmstepd, found by their environment or that of what they
@@ -299,10 +303,11 @@ class LocalSlurm:
         """SIGKILL for all daemons and jobs, as in a power loss; the folder stays."""
         for daemon in self.daemons.values():
             daemon.kill()
-        self.kill_jobs()
         for daemon in self.daemons.values():
             daemon.wait()
         self.daemons.clear()
+        while self.list_steps():  # again: a daemon may have started one just before it died
+            self.kill_jobs()
 
 
 def read(path: Path) -> str:
