@@ -19,15 +19,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.paths import RunPaths
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks at others.
-settings.register_profile("repeatable", derandomize=True)
+# No limits on time: an example that takes 0.2 s on a busy machine is no failure.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 # New ones each time, and how to repeat what fails: `make fuzz`.
-settings.register_profile("fuzz", print_blob=True)
+settings.register_profile(
+    "fuzz", print_blob=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("repeatable")
 
 # A background job of a script is started with some signals ignored, and what it starts would be,

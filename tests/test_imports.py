@@ -185,7 +185,7 @@ def list_loaded(program: str, cwd: Path) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=600,
     )
     return set(done.stdout.splitlines()[-1].split())
 

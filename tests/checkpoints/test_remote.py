@@ -279,7 +279,7 @@ print("left")
             **CREDENTIALS,
         }
         result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
         )
     assert result.returncode == 0 and result.stdout.endswith("left\n"), result.stderr
     paths = RunPaths(tmp_path / "run")

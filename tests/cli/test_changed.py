@@ -206,7 +206,7 @@ def test_on_a_terminal_it_asks(changed: FakeLauncher, answer: str, is_moved: boo
         stdin=theirs,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     os.close(ours)

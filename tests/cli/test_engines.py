@@ -58,7 +58,7 @@ def run_with_echo(fake: FakeLauncher, *arguments: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
 
 

@@ -185,7 +185,7 @@ sys.argv = ["runner", "status"]
 runpy.run_module("runner", run_name="__main__")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 

@@ -34,7 +34,7 @@ def run(*arguments: str, cwd: Path, **options: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
 
 

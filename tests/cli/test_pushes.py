@@ -52,8 +52,8 @@ def test_a_run_that_completes_after_ctrl_c_is_not_pushed_and_said_to_be_left(
     assert fake.next_started()[0] == "a"
     sweep.send_signal(signal.SIGINT)
     assert sweep.stderr is not None
-    while "stopping: waiting for 1 run" not in sweep.stderr.readline():
-        pass
+    while "stopping: waiting for 1 run" not in (line := sweep.stderr.readline()):
+        assert line, "the sweep ended without waiting"
     fake.let_go("a")
     code, _, err = finish(sweep)
     assert code == 130 and hub.repositories == {}

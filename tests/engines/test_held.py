@@ -189,18 +189,18 @@ def test_a_run_that_fails_for_good_in_the_other_sweep_has_failed(fake: FakeLaunc
 
 
 def test_a_retry_that_its_sweep_does_not_live_to_make_is_made(fake: FakeLauncher) -> None:
+    told = "fail transient x\nthen complete"
     fake.add("a", told="wait")
-    fake.add(
-        "b", told="fail transient x\nthen complete", retries="transient: 1, backoff_seconds: 5"
-    )
+    fake.add("b", told=told, retries="transient: 1, backoff_seconds: 1")
     late = fake.start("sweep", "recipes/toy")
     assert fake.next_started()[0] == "a"
+    fake.add("b", told=told, retries="transient: 1, backoff_seconds: 500")  # for the other one
     other = fake.start("sweep", "recipes/toy/b.yaml")
-    wait_for(other, "retry 1 of 1 in 5 s")
+    wait_for(other, "retry 1 of 1 in 500 s")
     other.kill()
     finish(other)
     fake.let_go("a")
-    wait_for(late, "toy/b  transient: (by another sweep) x; retry 1 of 1 in 5 s")
+    wait_for(late, "toy/b  transient: (by another sweep) x; retry 1 of 1 in 1 s")
     assert finish(late)[0] == 0
     assert [(one["retry"], one["failure"] is None) for one in fake.attempts("b")] == [
         (0, False),

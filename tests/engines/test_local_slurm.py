@@ -15,7 +15,8 @@ pytestmark = [needs_slurm, pytest.mark.slow]
 def test_tasks_that_run_together_see_different_gpus(shared_slurm: LocalSlurm) -> None:
     script = shared_slurm.root / "show.sh"
     script.write_text(
-        "#!/bin/bash\necho $CUDA_VISIBLE_DEVICES; until [ -e go ]; do read -t 0.1 <> <(:); done\n"
+        "#!/bin/bash\necho $CUDA_VISIBLE_DEVICES\n"
+        "until [ -e go-$SLURM_ARRAY_JOB_ID ]; do read -t 0.1 <> <(:); done\n"
     )
     array = shared_slurm.run(
         "sbatch", "--parsable", "--array=0-1", "--gres=gpu:1", str(script)
@@ -24,7 +25,7 @@ def test_tasks_that_run_together_see_different_gpus(shared_slurm: LocalSlurm) ->
     wait_until(
         lambda: all(path.exists() and path.read_text() for path in outputs), "both tasks run"
     )
-    (shared_slurm.root / "go").touch()
+    (shared_slurm.root / f"go-{array}").touch()
     wait_until(lambda: shared_slurm.list_jobs() == {}, "both tasks end")
     assert sorted(path.read_text() for path in outputs) == ["0\n", "1\n"]
 

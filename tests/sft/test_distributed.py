@@ -201,7 +201,7 @@ def test_ranks_that_hang_are_continued_then_ended_with_their_stacks_and_the_run_
         wait_for_phase(attempt, "evaluating base", "evaluating", "training", "saving")
         stopped = find_rank(attempt, 1)
         os.kill(stopped, signal.SIGSTOP)
-        watched = Watched(attempt, limit_seconds=3.0)
+        watched = Watched(attempt, limit_seconds=6.0)
         watched.look_until_it_ends()
     finally:
         attempt.process.signal_group(signal.SIGKILL)

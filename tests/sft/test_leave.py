@@ -88,7 +88,7 @@ def test_nothing_that_was_written_is_lost(tmp_path: Path, status: int) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stdout) == (status, "printed without an end of line")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runner.files import load_json, load_jsonl
+from runner.files import load_json, load_jsonl, write_text_atomic
 from runner.sft.generation import load_answers
 from tests.conftest import Project
 from tests.support.chat_formats import LOOK_UP, call_look_up, trl_template
@@ -45,8 +45,8 @@ def conversation(number: int) -> dict[str, Any]:
 def calls(workplace: Project) -> Project:
     workplace.add_model("gemma")
     rows = [json.dumps(conversation(number)) for number in range(20)]
-    (workplace.root / "calls.jsonl").write_text("\n".join(rows))
-    (workplace.root / "qwen3.jinja").write_text(trl_template("qwen3"))
+    write_text_atomic(workplace.root / "calls.jsonl", "\n".join(rows))
+    write_text_atomic(workplace.root / "qwen3.jinja", trl_template("qwen3"))
     return workplace
 
 

@@ -22,7 +22,7 @@ from tests.support.killed_sweeps import (
     choose_seed,
     sweep_under_kills,
 )
-from tests.support.training_runs import RUNS, add_what_runs_need, read_attempts
+from tests.support.training_runs import RUNS, add_what_runs_need, alone_with, read_attempts
 
 # LoRA and full fine-tunes, both losses, one that stops early, one that is archived, one that
 # answers.
@@ -79,10 +79,11 @@ def test_a_sweep_killed_at_random_moments_ends_as_one_left_alone(finished: Proje
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory: pytest.TempPathFactory, workplace: Project) -> Project:
     """The workplace with a sweep of longer runs, complete under `alone`."""
-    add_what_runs_need(workplace)
-    for name in NAMES:
-        workplace.write_recipe(f"long/{name}.yaml", *RUNS[name], *LONG.get(name, ()))
-    result = workplace.cli("sweep", "long", "--slots", "2", "--output-root", "alone")
+    with alone_with(workplace, "alone"):
+        add_what_runs_need(workplace)
+        for name in NAMES:
+            workplace.write_recipe(f"long/{name}.yaml", *RUNS[name], *LONG.get(name, ()))
+        result = workplace.cli("sweep", "long", "--slots", "2", "--output-root", "alone")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return workplace
 

@@ -30,6 +30,7 @@ from tests.conftest import ROOT, Project
 from tests.support.contexts import make_recorder, open_context
 from tests.support.training_runs import (
     RUNS,
+    alone_with,
     assert_same_outputs,
     launch,
     launch_killed_at,
@@ -371,9 +372,10 @@ def tracked(finished: Project) -> RunPaths:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        launch_killed_at(
-            finished, "tracked", *overrides, event="open", path="checkpoint-8/trainer_state.json"
-        )
+        with alone_with(finished, "tracked, killed"):
+            if not finished.paths("tracked").run_dir.exists():
+                at, path = "open", "checkpoint-8/trainer_state.json"
+                launch_killed_at(finished, "tracked", *overrides, event=at, path=path)
         return launch(finished, "tracked", *overrides)
 
 

@@ -126,8 +126,9 @@ if verb == "committed":
     (run_dir / "checkpoints" / f"step-{{number}}" / "COMMITTED.json").write_text("{{}}")
     verb, _, words = words.partition(" ")
 HANGING_RANK = (
-    "import faulthandler, signal\\n"
+    "import faulthandler, os, signal, sys\\n"
     "faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)\\n"
+    "os.close(int(sys.argv[1]))\\n"
     "def in_a_collective():\\n"
     "    while True: signal.pause()\\n"
     "in_a_collective()"
@@ -148,8 +149,9 @@ def note(event):
         "environment": dict(os.environ),
         "is_stdin_the_lease": (lease.st_dev, lease.st_ino) == (stdin.st_dev, stdin.st_ino),
     }})
-    with open(home / "events.jsonl", "a") as stream:
-        stream.write(line + "\\n")
+    # In one piece: two fakes may write at the same time, and each may be killed at any time.
+    with open(home / "events.jsonl", "ab", buffering=0) as stream:
+        stream.write(line.encode() + b"\\n")
 
 
 def tell_started(pid):
@@ -194,9 +196,15 @@ elif verb == "hang":
     signal.pause()
 elif verb == "stall":  # as a trainer that hangs; with words, a rank in a session of its own too
     if words:
-        subprocess.Popen([sys.executable, "-IS", "-c", HANGING_RANK], start_new_session=True,
+        readable, writable = os.pipe()
+        subprocess.Popen([sys.executable, "-IS", "-c", HANGING_RANK, str(writable)],
+                         start_new_session=True, pass_fds=[writable],
                          env={{**os.environ, "RANK": "1"}})
+        os.close(writable)
+        os.read(readable, 1)  # until the rank handles the signal, too
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    if progress_path.exists():
+        progress_path.touch()  # the silence begins here
     tell_started(os.getpid())
     never_ends()
 elif verb == "live":  # so many signs of life, five a second

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -98,7 +99,8 @@ def wait_for_phase(attempt: RunningAttempt, *phases: str) -> None:
 def find_rank(attempt: RunningAttempt, rank: int) -> int:
     """The process id of a rank."""
     for pid in find_processes_of(attempt.owner.__eq__):
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in entries:
-            return pid
+        with suppress(OSError):  # one of its helpers has ended meanwhile
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in entries:
+                return pid
     raise AssertionError(f"there is no rank {rank}")

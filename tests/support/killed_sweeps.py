@@ -13,6 +13,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,8 +29,9 @@ from runner.run.record import load_progress, load_record
 from runner.run.result import load_result
 from tests.conftest import RUNNER, Project, build_environment
 from tests.support.training_runs import (
+    DEATH_SECONDS,
     assert_same_outputs,
-    list_descendants,
+    open_descendants,
     read_attempts,
     snapshot,
 )
@@ -44,7 +46,6 @@ VICTIMS: Final[dict[str, tuple[Victim, ...]]] = {
 
 # In the environment of a sweep, so in that of everything below it, whoever has become its parent.
 _TAG: Final = "SWEEP_UNDER_KILLS"
-_DEATH_SECONDS: Final = 20.0  # what a process may take to follow its parent on a busy machine
 _SWEEP_SECONDS: Final = 900.0
 _LOOK_SECONDS: Final = 0.05  # between two looks for a process that is to be killed
 
@@ -116,13 +117,13 @@ class KilledSweep:
             doomed = [chance.choice(doomed)] if doomed else []
         names = [roles[pid] for pid in doomed]
         pidfds = [pidfd for pid in doomed if (pidfd := _open_pidfd(pid)) is not None]
-        followers = [pidfd for pid in doomed for pidfd in _open_descendants(pid)]
+        followers = [pidfd for pid in doomed for pidfd in open_descendants(pid)]
         # Opened before the first is killed: none can take another with it and free its number.
         for pidfd in pidfds:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         for pidfd in [*pidfds, *followers]:
-            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], (
+            assert select.select([pidfd], [], [], DEATH_SECONDS)[0], (
                 f"a process outlived the kill of {victim}"
             )
             os.close(pidfd)
@@ -353,15 +354,18 @@ def name_role(pid: int) -> str:
 
 
 def assert_nothing_alive(tag: str) -> None:
-    """Wait until every process of a sweep is gone; nobody signals them any more."""
-    for pid, argv in list_tagged(tag).items():
-        pidfd = _open_pidfd(pid)
-        if pidfd is not None:
-            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], (
-                f"{pid} lives on: {' '.join(argv)}"
-            )
-            os.close(pidfd)
-    assert list_tagged(tag) == {}
+    """Wait until every process of a sweep is gone; nobody signals them any more.
+
+    Looks again until it finds none: one may have been started just before its parent died.
+    """
+    deadline = time.monotonic() + DEATH_SECONDS
+    while alive := list_tagged(tag):
+        for pid, argv in alive.items():
+            pidfd = _open_pidfd(pid)
+            if pidfd is not None:
+                left = max(0.0, deadline - time.monotonic())
+                assert select.select([pidfd], [], [], left)[0], f"{pid} lives on: {' '.join(argv)}"
+                os.close(pidfd)
 
 
 def assert_completed_once(paths: RunPaths) -> None:
@@ -431,13 +435,6 @@ def _open_pidfd(pid: int) -> int | None:
     with suppress(ProcessLookupError):
         return os.pidfd_open(pid)
     return None
-
-
-def _open_descendants(pid: int) -> list[int]:
-    with suppress(OSError):  # one of them has ended meanwhile
-        found = [_open_pidfd(below) for below in list_descendants(pid)]
-        return [pidfd for pidfd in found if pidfd is not None]
-    return []
 
 
 def _read_text(path: Path) -> str:

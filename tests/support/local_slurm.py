@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import random
+import select
 import shutil
 import signal
 import socket
@@ -34,10 +36,13 @@ PROGRAMS: Final = {
     "munged": "munge",
 }
 SEARCH_PATH: Final = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-PATIENCE_SECONDS: Final = 120.0
+PATIENCE_SECONDS: Final = 600.0  # for runs that train on a busy machine
 NUM_CPUS: Final = 4  # of each node, whatever the machine has
 NUM_GPUS: Final = 2
 MAX_ARRAY_SIZE: Final = 8
+
+# Not the generator that plug-ins of pytest seed alike in every worker.
+_CHANCE: Final = random.SystemRandom()
 
 _SLURM_CONF: Final = """\
 ClusterName=tests
@@ -270,21 +275,36 @@ class LocalSlurm:
     def kill_jobs(self, node: str | None = None) -> None:
         """SIGKILL for everything that jobs run on a node (or on all), their step daemons first;
         returns when all of it has ended, which a signal alone does not wait for.
+
+        Looks again until it finds nothing: a process may fork between the look and its end, and
+        what it has started is no descendant of a step daemon any more.
         """
-        pids = [one for step in self.list_steps(node) for one in (step, *list_descendants(step))]
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        wait_until(
-            lambda: not any(read(Path(f"/proc/{pid}/environ")) for pid in pids), "the jobs end"
-        )
+        kill_until_gone(lambda: self._list_job_processes(node))
+
+    def _list_job_processes(self, node: str | None) -> list[int]:
+        steps = self.list_steps(node)
+        below = [one for step in steps for one in list_descendants(step)]
+        orphans = [pid for pid in self._list_own(node) if "SLURM_JOB_ID" in read_names(pid)]
+        return list(dict.fromkeys((*steps, *below, *orphans)))
+
+    def _list_own(self, node: str | None = None) -> list[int]:
+        """Process ids of what was started in the environment of this cluster (and node)."""
+        return [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/environ")
+            if self._wanted(node) <= set(read(path).split("\0"))
+        ]
+
+    def _wanted(self, node: str | None) -> set[str]:
+        """Variables by which a process belongs to this cluster (and node)."""
+        wanted = {f"SLURM_CONF={self.root / 'slurm.conf'}"}
+        return wanted | (set() if node is None else {f"SLURMD_NODENAME={node}"})
 
     def list_steps(self, node: str | None = None) -> list[int]:
         """Process ids of this cluster's slurmstepd, found by their environment or that of what they
         run.
         """
-        wanted = {f"SLURM_CONF={self.root / 'slurm.conf'}"}
-        wanted |= set() if node is None else {f"SLURMD_NODENAME={node}"}
+        wanted = self._wanted(node)
         steps = [
             int(path.parent.name)
             for path in Path("/proc").glob("[0-9]*/comm")
@@ -306,8 +326,26 @@ class LocalSlurm:
         for daemon in self.daemons.values():
             daemon.wait()
         self.daemons.clear()
-        while self.list_steps():  # again: a daemon may have started one just before it died
-            self.kill_jobs()
+        self.kill_jobs()
+        kill_until_gone(self._list_own)  # such as what a daemon has forked just before it died
+
+
+def kill_until_gone(list_pids: Callable[[], list[int]]) -> None:
+    """SIGKILL for the listed processes; returns when all have ended and the list is empty."""
+    while pids := list_pids():
+        pidfds = []
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pidfds.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(pidfds[-1], signal.SIGKILL)
+        for pidfd in pidfds:
+            assert select.select([pidfd], [], [], PATIENCE_SECONDS)[0], "a process lives on"
+            os.close(pidfd)
+
+
+def read_names(pid: int) -> set[str]:
+    """Names of the variables that a process was started with."""
+    return {one.partition("=")[0] for one in read(Path(f"/proc/{pid}/environ")).split("\0")}
 
 
 def read(path: Path) -> str:
@@ -329,12 +367,21 @@ def list_descendants(pid: int) -> list[int]:
 
 
 def find_free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on at this moment."""
+    """Different ports that nobody listens on at this moment, drawn by chance.
+
+    All are below those that the kernel gives away by itself: no connection and no other server of
+    the tests takes one of them before a daemon listens on it, or while that daemon is restarted.
+    """
+    first_given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(first_given_away // 2, first_given_away)
+    ports: set[int] = set()
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(ports) < count:
+            port = _CHANCE.choice(candidates)
+            with contextlib.suppress(OSError):  # somebody listens on it
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.add(port)
+    return sorted(ports)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,8 @@ from runner.run.paths import RunPaths
 from runner.run.result import TrainResult
 from tests.conftest import RUNNER, Project, build_environment
 
-DEADLINE_SECONDS: Final = 300
+DEADLINE_SECONDS: Final = 600
+DEATH_SECONDS: Final = 60.0  # for a process to follow its parent on a busy machine
 
 # The uninterrupted runs that the slow tests look at and compare with, all of one process on the
 # CPU. 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is
@@ -131,15 +133,29 @@ def launch(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> RunPaths:
-    """Launch a run to its end under a name, and demand that it completes."""
-    result = try_launch(
-        project, name, *overrides, num_processes=num_processes, environment=environment
-    )
+    """Launch a run to its end under a name, and demand that it completes.
+
+    Two workers of pytest-xdist may want the same run: the second one waits and finds it complete.
+    """
+    with alone_with(project, name):
+        result = try_launch(
+            project, name, *overrides, num_processes=num_processes, environment=environment
+        )
     assert result.returncode == 0, (
         f"{result.stdout}\n{result.stderr}\n{read_log(project.paths(name))}"
     )
     assert load_json(project.paths(name).result_path)["outcome"] == "completed"
     return project.paths(name)
+
+
+@contextmanager
+def alone_with(project: Project, name: str) -> Iterator[None]:
+    """Keeps other workers of pytest-xdist, which may share the project, from the same runs."""
+    locks_dir = project.root / "locks"
+    locks_dir.mkdir(exist_ok=True)
+    with (locks_dir / name).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def try_launch(
@@ -251,8 +267,15 @@ def started_by(project: Project, *arguments: str) -> Iterator[subprocess.Popen[b
     try:
         yield process
     finally:
-        process.kill()  # the trainer dies with it
-        process.wait()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for a runner; returns when all that it started has died with it."""
+    pidfds = open_descendants(process.pid) if process.poll() is None else []
+    process.kill()
+    process.wait()
+    assert_dies(pidfds)
 
 
 def wait_for_path(path: Path, process: subprocess.Popen[bytes]) -> None:
@@ -265,16 +288,29 @@ def wait_for_path(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def list_descendants(pid: int) -> list[int]:
-    """Process ids of the children, their children and so on, the nearest first."""
-    children = [
-        int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    ]
+    """Process ids of the children, their children and so on, the nearest first; none of a process
+    that has ended meanwhile.
+    """
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    children = [int(child) for child in text.split()]
     return children + [below for child in children for below in list_descendants(child)]
 
 
-def assert_dies(pidfds: list[int], seconds: float) -> None:
-    """Wait for processes that nobody signalled to be gone."""
-    deadline = time.monotonic() + seconds
+def open_descendants(pid: int) -> list[int]:
+    """A pidfd of each descendant that is alive, for the caller to close."""
+    pidfds = []
+    for descendant in list_descendants(pid):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            pidfds.append(os.pidfd_open(descendant))
+    return pidfds
+
+
+def assert_dies(pidfds: list[int]) -> None:
+    """Wait for processes that nobody signalled to be gone, and close their pidfds."""
+    deadline = time.monotonic() + DEATH_SECONDS
     for pidfd in pidfds:
         assert select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0], (
             "a process outlived its launcher"
@@ -284,12 +320,11 @@ def assert_dies(pidfds: list[int], seconds: float) -> None:
 
 def kill_launcher(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL for the runner alone; everything below it must follow by itself."""
-    descendants = list_descendants(process.pid)
-    assert len(descendants) >= 2, "accelerate and the trainer"
-    pidfds = [os.pidfd_open(pid) for pid in descendants]
+    pidfds = open_descendants(process.pid)
+    assert len(pidfds) >= 2, "accelerate and the trainer"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert_dies(pidfds, seconds=10)
+    assert_dies(pidfds)
 
 
 def outputs_of(paths: RunPaths) -> dict[str, bytes]:

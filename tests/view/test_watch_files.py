@@ -110,32 +110,42 @@ def test_a_long_phase_grows_while_no_file_changes(
     sweep = fake.start("sweep", "recipes/toy")
     fake.next_started()
     files = fake.paths("a").attempt(1)
-    began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=40)
+    began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=20)
+
+    def shows_time(text: str, phase: str = "compiling") -> bool:
+        """However long it has taken to come here; a duration of a minute is not in seconds."""
+        seconds = (datetime.datetime.now(datetime.UTC) - began).total_seconds()
+        found = re.search(rf"{phase}, (\d+) s", text)
+        return found is not None and 20 <= int(found[1]) <= seconds + 2
+
     progress = Progress(phase="compiling", phase_began_at_utc=began.isoformat(timespec="seconds"))
     write_json_atomic(files.progress_path, progress.model_dump())
     reader = RunsReader(select(fake), content_cache_path(Path("runs")))
     why = reader.read()[0].status.why
-    assert re.fullmatch(r"compiling, 4\d s", why)
+    assert shows_time(why)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while reader.read()[0].status.why == why:
         assert time.monotonic() < deadline
     assert main(["status", "recipes/toy"]) == 0
-    assert re.search(r"running .* compiling, 4\d s", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"running .* compiling, ", out) and shows_time(out)
     assert main(["status", "recipes/toy", "--watch"]) == 0
-    assert re.search(r"compiling, 4\d s", capsys.readouterr().out)
-    assert re.fullmatch(r"compiling, 4\d s", display._describe(files, 40.0)[0]), (
-        "the sweep's line and bar"
-    )
+    assert shows_time(capsys.readouterr().out)
+    assert shows_time(display._describe(files, 40.0)[0]), "the sweep's line and bar"
     os.utime(files.progress_path, (time.time() + 500, time.time() - 240))
     why = reader.read()[0].status.why
-    assert re.fullmatch(r"compiling, 4\d s", why), "none is missed in such a phase"
+    assert shows_time(why), "none is missed in such a phase"
     masking = progress.model_copy(update={"phase": "masking rows"})
     write_json_atomic(files.progress_path, masking.model_dump())
-    for seconds, shown in ((-240, "masking rows, no progress for 4 min"), (500, "masking rows, 4")):
-        os.utime(files.progress_path, (1, time.time() + seconds))
-        assert reader.read()[0].status.why.startswith(shown)
-        assert main(["status", "recipes/toy"]) == 0
-        assert shown in capsys.readouterr().out
+    shown = "masking rows, no progress for 4 min"
+    os.utime(files.progress_path, (1, time.time() - 240))
+    assert reader.read()[0].status.why.startswith(shown)
+    assert main(["status", "recipes/toy"]) == 0
+    assert shown in capsys.readouterr().out
+    os.utime(files.progress_path, (1, time.time() + 500))
+    assert shows_time(reader.read()[0].status.why, "masking rows")
+    assert main(["status", "recipes/toy"]) == 0
+    assert shows_time(capsys.readouterr().out, "masking rows")
     assert select(fake)[0].read_facts().measure_silence(now_utc()) == 0, "by a clock that is ahead"
     assert display._describe(files, 240.0)[0] == "masking rows, no progress for 4 min"
     training = progress.model_copy(update={"phase": "saving", "step": 1, "max_steps": 2})
