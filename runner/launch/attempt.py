@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, Final
@@ -41,7 +42,13 @@ from runner.recipe.identity import (
 from runner.recipe.parse import derive_accumulation
 from runner.run.facts import RunFacts, read_facts
 from runner.run.failures import build_failure, explain_silence, read_log_tail
-from runner.run.lease import ATTEMPT_VARIABLE, Lease, hold_launcher_lock, wait_for_ranks
+from runner.run.lease import (
+    ATTEMPT_VARIABLE,
+    Lease,
+    hold_launcher_lock,
+    is_leased,
+    wait_for_ranks,
+)
 from runner.run.manifest import find_damage, is_model_removed
 from runner.run.paths import AttemptPaths, RunPaths, content_cache_path
 from runner.run.record import (
@@ -52,6 +59,7 @@ from runner.run.record import (
     RunRecord,
     load_failure,
     load_progress,
+    load_record,
     load_stop_request,
     write_record,
 )
@@ -106,6 +114,8 @@ def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
 
 
 _RANKS_SECONDS: Final = 10.0  # until ranks on other machines notice that their launcher is gone
+_ENDING_SECONDS: Final = 30.0  # for a killed process to return its memory
+_LOOK_SECONDS: Final = 0.02
 
 
 @dataclass
@@ -188,7 +198,22 @@ class RunningAttempt:
             self._close(facts, status, failure)
         finally:
             self.lease.close()
+            self._wait_for_ending()
         return failure
+
+    def _wait_for_ending(self) -> None:
+        """Wait until processes of this attempt that are still ending have released the lease.
+
+        A killed process first returns its memory, which takes seconds for many GiB, and then closes
+        its files. Its environment is unreadable meanwhile, so `kill_processes_of` does not find it.
+        """
+        deadline = time.monotonic() + _ENDING_SECONDS
+        with contextlib.suppress(OSError, CorruptFileError):  # the next attempt reports it
+            while is_leased(self.paths.lease_path) and time.monotonic() < deadline:
+                attempts = load_record(self.paths).attempts
+                if not attempts or f"{name_owner(self.paths)}:{attempts[-1].number}" != self.owner:
+                    break  # another process has already started the next attempt
+                time.sleep(_LOOK_SECONDS)
 
     def _tell_of_sharing(self, failure: Failure) -> str:
         """The part of an out-of-memory message about other runs on the same GPU; else empty."""

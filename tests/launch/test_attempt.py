@@ -221,6 +221,20 @@ def test_what_an_attempt_leaves_in_other_sessions_is_ended_with_it(
     os.close(pidfd)
 
 
+def test_the_lease_is_free_once_an_attempt_has_finished(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    """Though a killed trainer that returns many GiB has no environment any more, and still its
+    files.
+    """
+    fake.add("a", told="leave unknown")
+    attempt = start(fake, started)
+    assert attempt is not None
+    fake.next_started()
+    assert attempt.finish() is None
+    assert not is_leased(attempt.paths.lease_path)
+
+
 def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
     fake: FakeLauncher, started: list[RunningAttempt]
 ) -> None:

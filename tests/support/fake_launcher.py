@@ -226,8 +226,9 @@ elif verb == "obey":  # the stop file, as the trainer does; with words, it compl
         message = request["why"] + ": stopped at step 1, which is saved"
         failure = dict(kind="preempted", message=message)
         (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
-elif verb == "leave":  # a process of its group that outlives it
-    child = subprocess.Popen(["sleep", "1000"], start_new_session=words == "elsewhere")
+elif verb == "leave":  # a process of its group that outlives it, or one that nobody finds
+    seconds, known = ("2", dict(env={{}})) if words == "unknown" else ("1000", {{}})
+    child = subprocess.Popen(["/bin/sleep", seconds], start_new_session=words != "", **known)
     tell_started(child.pid)
     complete(digest)
 elif verb == "fail":
