@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
+# The tests start Python a thousand times: each module is compiled once, not by each process again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check torture fuzz golden fix clean-demo pins
 
@@ -40,7 +42,7 @@ fix: .venv/installed-dev
 clean-demo:
 	rm -rf runs/demo demo_models
 
-# What runs import is compiled once, also where PYTHONDONTWRITEBYTECODE would have each of them do it again.
+# What runs import is compiled before the first of them.
 COMPILE_RUNS := from runner.recipe.libraries import hide_libraries; hide_libraries(["bitsandbytes", "deepspeed", "scipy", "matplotlib"]); import runner.sft.train
 
 # Two stamps: what the runner needs, and with it the tools of the tests. A newcomer's demo is up a minute earlier.
@@ -48,7 +50,7 @@ COMPILE_RUNS := from runner.recipe.libraries import hide_libraries; hide_librari
 	@echo "making .venv from constraints.txt: up to a minute, and 1.5 GB on disk"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python .ci/install.py .
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c '$(COMPILE_RUNS)'
+	@$(BIN)/python -c '$(COMPILE_RUNS)'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -12,15 +12,19 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from runner.cli.main import main
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.paths import RunPaths
 
@@ -150,6 +154,23 @@ class Project:
     ) -> subprocess.CompletedProcess[str]:
         """`runner ARGUMENTS`, started here."""
         return run_cli(arguments, self.root, environment=environment)
+
+    def call(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """The same in this process. `runner check` imports torch, which takes a new process
+        seconds.
+        """
+        words, out, err = [str(one) for one in arguments], StringIO(), StringIO()
+        with (
+            chdir(self.root),
+            patch.dict(os.environ),
+            warnings.catch_warnings(),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            code = main(words)
+        if sys.modules.get("wandb", self) is None:
+            del sys.modules["wandb"]  # `check` hides it until its process ends
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def make_project(root: Path, data_path: Path, tiny_model: Callable[[str], Path]) -> Project:

@@ -309,7 +309,7 @@ def test_training_refuses_it_before_it_loads_a_model(
 
 
 def test_check_names_all_of_it_at_once(broken: Project) -> None:
-    done = broken.cli("check", "recipes")
+    done = broken.call("check", "recipes")
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
     assert f"{len(CASES)} of {len(CASES)} recipes cannot be trained as they are" in done.stderr

@@ -63,7 +63,7 @@ def write_rows(project: Project) -> None:
 
 def refuse(project: Project, *arguments: str) -> str:
     """The errors of a command that ends with 2."""
-    done = project.cli(*arguments)
+    done = project.call(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     return done.stderr
 

@@ -214,7 +214,7 @@ def refused(
 
 
 def test_check_refuses_each_by_name(refused: Project) -> None:
-    done = refused.cli("check", "recipes")
+    done = refused.call("check", "recipes")
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
     cases = ALL
@@ -229,7 +229,7 @@ def test_columns_of_no_meaning_are_named_once(refused: Project) -> None:
     rows = [{"id": n, "messages": [USER, {**ANSWER, "content": f"{n}."}]} for n in range(80)]
     (refused.root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused.write_recipe("one.yaml", "data.train.path=ids.jsonl")
-    done = refused.cli("check", "one.yaml")
+    done = refused.call("check", "one.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("`id` (80 rows)") == 1
 

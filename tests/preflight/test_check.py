@@ -60,7 +60,7 @@ def test_an_axis_that_changes_the_number_of_updates_is_warned_of(project: Projec
             changes = (axes, f"loss={loss}", f"data.num_train_samples={rows}")
             changes += ("training.num_train_epochs=4",)
             project.write_recipe(f"recipes/tests/{loss}-{rows}.yaml", *changes)
-    done = project.cli("check", "recipes/tests")
+    done = project.call("check", "recipes/tests")
     assert done.returncode == 0, done.stderr
     said = "warning: `rows` 12 -> 20 changes the number of updates 12 -> 20:"
     assert done.stdout.count(said) == done.stdout.count("changes the number of updates") == 1
@@ -73,7 +73,7 @@ def test_one_mistake_of_many_recipes_is_said_once(project: Project) -> None:
         project.write_recipe(
             f"recipes/tests/seed-{seed}.yaml", f"training.seed={seed}", "data.max_length=8"
         )
-    done = project.cli("check", "recipes/tests")
+    done = project.call("check", "recipes/tests")
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert "2 of 2 recipes cannot be trained" in done.stderr
@@ -82,7 +82,7 @@ def test_one_mistake_of_many_recipes_is_said_once(project: Project) -> None:
 
 def test_only_the_schema(project: Project) -> None:
     project.write_recipe("recipes/tests/a.yaml", "model.path=nowhere")
-    assert project.cli("check", "recipes/tests", "--schema-only").returncode == 0
+    assert project.call("check", "recipes/tests", "--schema-only").returncode == 0
 
 
 @pytest.mark.parametrize("truncation", ["prompt_left", "drop"])
@@ -218,7 +218,7 @@ def test_all_missing_files_and_models_are_one_summary(project: Project) -> None:
             project.write_recipe(
                 f"recipes/{name}.yaml", f"model.path={model}", f"data.train.path={data}.jsonl"
             )
-    done = project.cli("check", "recipes", "--json")
+    done = project.call("check", "recipes", "--json")
     assert done.returncode == 2, done.stderr
     content = json.loads(done.stdout)
     assert content["num_recipes"] == 9

@@ -207,7 +207,7 @@ def write_recipe(project: Project, path: str, section: str) -> None:
 @pytest.fixture(scope="module")
 def good(sources: Project) -> Mapping[str, Any]:
     """Output of `check --json` for the recipes that can be trained."""
-    done = sources.cli("check", "recipes/good", "--json")
+    done = sources.call("check", "recipes/good", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     content: Mapping[str, Any] = json.loads(done.stdout)
     return content
@@ -244,7 +244,7 @@ def test_what_has_no_effect_is_a_note_and_no_warning(good: Mapping[str, Any]) ->
 
 
 def test_what_was_skipped_is_told(sources: Project) -> None:
-    done = sources.cli("check", "recipes/good")
+    done = sources.call("check", "recipes/good")
     names = ".ipynb_checkpoints/train-checkpoint.jsonl, __MACOSX/._train.jsonl"
     assert f"  left out: train: 2 hidden files ({names}), not read\n" in done.stdout
     assert "\nnote: `split: train` has no effect" in done.stdout
@@ -268,7 +268,7 @@ def test_samples_json_counts_what_was_skipped(
 @pytest.fixture(scope="module")
 def refused(sources: Project) -> Mapping[str, str]:
     """Run -> what `check --json` refuses it for."""
-    done = sources.cli("check", "recipes/bad", "--json")
+    done = sources.call("check", "recipes/bad", "--json")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     errors = json.loads(done.stdout)["errors"]
     return {name: one["text"] for one in errors for name in one["runs"]}

@@ -139,28 +139,28 @@ def test_the_command_line(hostile: Project, tiny_model: Callable[[str], Path]) -
     assert "\x1b" not in told_not_to.stdout
 
     whole = json.loads(
-        hostile.cli(*arguments, "loss=full", "--format", "json", "--row", "3").stdout
+        hostile.call(*arguments, "loss=full", "--format", "json", "--row", "3").stdout
     )
     (row,) = whole["rows"]
     assert (row["number"], row["fate"], whole["loss"]) == (3, "whole", "full")
     assert row["num_trained"] == row["num_tokens"] - 1, "nothing predicts the first token"
     by_id = json.loads(
-        hostile.cli(*arguments, "--format", "json", "--row", row["row_id"][:8]).stdout
+        hostile.call(*arguments, "--format", "json", "--row", row["row_id"][:8]).stdout
     )
     assert [one["number"] for one in by_id["rows"]] == [3]
-    missing = hostile.cli(*arguments, "--row", "99999")
+    missing = hostile.call(*arguments, "--row", "99999")
     assert (
         missing.returncode == 2
         and "no row '99999'" in missing.stderr
         and "1 to 22" in missing.stderr
     )
-    refused = hostile.cli(*arguments, "data.max_length=8", "--rows", "1")
+    refused = hostile.call(*arguments, "data.max_length=8", "--rows", "1")
     assert refused.returncode == 0 and "REFUSED" in refused.stdout
 
 
 def test_a_run_directory_shows_what_its_own_recipe_says(hostile: Project) -> None:
     assert hostile.cli("launch", "recipe.yaml", "--prepare", "--name", "prepared").returncode == 0
-    done = hostile.cli("masks", hostile.paths("prepared").run_dir, "loss=full", "--rows", "1")
+    done = hostile.call("masks", hostile.paths("prepared").run_dir, "loss=full", "--rows", "1")
     assert done.returncode == 0, done.stderr
     assert "tests/prepared" in done.stdout and "loss: full" in done.stdout
-    assert "not a run directory" in hostile.cli("masks", "models").stderr
+    assert "not a run directory" in hostile.call("masks", "models").stderr

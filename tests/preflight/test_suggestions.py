@@ -217,13 +217,13 @@ def test_check_prints_suggestions_for_a_device_and_writes_nothing(project: Proje
     path = project.write_recipe("recipes/tests/a.yaml", ON_GPU, ANSWERING)
     project.write_recipe("recipes/tests/cpu.yaml", "run.grid=cpu")
     before = path.read_bytes()
-    done = project.cli("check", "recipes/tests", "--device-gib", "8")
+    done = project.call("check", "recipes/tests", "--device-gib", "8")
     assert done.returncode == 0, done.stderr
     assert "micro-batch 4 instead of 2: 2 times fewer passes; about" in done.stdout
     assert "and 8 answers at a time: about" in done.stdout
     assert "suggestions for tests, " in done.stdout and "suggestions for cpu, " not in done.stdout
     assert path.read_bytes() == before
-    done = project.cli("check", "recipes/tests/cpu.yaml", "--device-gib", "8")
+    done = project.call("check", "recipes/tests/cpu.yaml", "--device-gib", "8")
     assert "no suggestions: `--device-gib` has no effect: the launch configs" in done.stdout
 
 

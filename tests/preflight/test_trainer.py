@@ -332,12 +332,12 @@ def test_the_same_mistake_of_many_runs_is_built_and_said_once(project: Project) 
             f"recipes/tests/seed-{seed}.yaml", f"training.seed={seed}", "training.adam_beta1=1.5"
         )
     project.write_recipe("recipes/tests/good.yaml", "training.bf16=true")
-    done = project.cli("check", "recipes/tests")
+    done = project.call("check", "recipes/tests")
     assert done.returncode == 2, done.stdout
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert "`training.adam_beta1: 1.5`: the trainer would not start" in done.stderr
     assert "2 of 3 recipes cannot be trained" in done.stderr
-    as_json = project.cli("check", "recipes/tests", "--json")
+    as_json = project.call("check", "recipes/tests", "--json")
     content = json.loads(as_json.stdout)
     assert [len(error["runs"]) for error in content["errors"]] == [2]
     assert content["not_checked"] == []
@@ -354,7 +354,7 @@ def test_the_command_line_names_every_mistake(project: Project) -> None:
     ]
     for number, (overrides, _, _) in enumerate(cases):
         project.write_recipe(f"recipes/tests/case-{number}.yaml", *overrides)
-    done = project.cli("check", "recipes/tests")
+    done = project.call("check", "recipes/tests")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{len(cases)} of {len(cases)} recipes cannot be trained" in done.stderr
     for _, key, words in cases:
@@ -373,7 +373,7 @@ def test_the_command_line_names_the_line(project: Project, line: str, words: str
     text = RECIPE_TEXT.replace("  lr_scheduler_type: linear\n", f"  {line}\n")
     (project.root / "recipes" / "tests").mkdir(parents=True)
     (project.root / "recipes" / "tests" / "a.yaml").write_text(text)
-    done = project.cli("check", "recipes/tests")
+    done = project.call("check", "recipes/tests")
     number = text[: text.index(line)].count("\n") + 1
     assert done.returncode == 2 and words in done.stderr
     assert f"line {number} " in done.stderr and "Traceback" not in done.stderr

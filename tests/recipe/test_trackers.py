@@ -79,7 +79,7 @@ def test_check_names_a_missing_tracker(project: Project) -> None:
         pytest.skip("every tracker is installed here")
     project.add_model()
     recipe_path = project.write_recipe("recipes/tracked.yaml", f"tracking.report_to=[{missing[0]}]")
-    checked = project.cli("check", recipe_path)
+    checked = project.call("check", recipe_path)
     assert (
         checked.returncode == 2
         and f"{missing[0]}, which is not installed" in checked.stdout + checked.stderr
