@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from runner.errors import CorruptFileError, RunnerError, put_in_words
+from runner.errors import CorruptFileError, RunnerError, escape_controls, put_in_words
 from runner.files import open_plain
 from runner.launch.run_files import request_stop
 from runner.plan.decide import foresee_retry
-from runner.plan.select import Selected, select_recipes
+from runner.plan.select import Selected, UnreadableRun, require_any, select_recipes
 from runner.plan.status import describe_running
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
@@ -41,7 +41,13 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
         RunnerError: there is no such run, attempt or log, or several runs and not exactly one of
             them running.
     """
-    selected = find_run(select_recipes([run], output_root, prefer="run"))
+    unreadable: list[UnreadableRun] = []
+    found = select_recipes([run], output_root, unreadable=unreadable, prefer="run")
+    require_any(found, unreadable)
+    for lost in unreadable:
+        why = escape_controls(f"{lost.full_name} is unreadable: {lost.why}")
+        print(f"warning: {why}", file=sys.stderr)
+    selected = find_run(found)
     facts = selected.read_facts()
     if not facts.attempts:
         raise RunnerError(
