@@ -65,8 +65,8 @@ def test_nothing_to_stop_is_said_and_nothing_is_written(
     before = fake.tree()
     assert main(["stop", "recipes/toy"]) == 0
     assert (
-        "nothing to stop: 2 runs are not running; a sweep elsewhere that is only about to start runs"
-        " is not asked: press Ctrl-C in its terminal to stop it\n"
+        "nothing to stop: 2 runs are not running; a sweep elsewhere that is only about to start"
+        " runs is not asked: press Ctrl-C in its terminal to stop it\n"
     ) in capsys.readouterr().err
     assert main(["stop", "recipes/toy/a.yaml"]) == 0
     assert capsys.readouterr().err == "nothing to stop: 1 run is not running\n", "it is done"
@@ -83,9 +83,8 @@ def test_a_sweep_that_still_imports_is_named_with_the_command_that_stops_it(
     assert main(["stop", "recipes/toy"]) == 1
     said = capsys.readouterr().err
     assert "nothing to stop: 1 run is not running\n" in said
-    assert (
-        f"process {sweep.pid} may start them, and is not asked: runner sweep recipes/toy\n" in said
-    )
+    shown = "may start them, and is not asked: runner sweep recipes/toy\n"
+    assert f"process {sweep.pid} {shown}" in said
     hint = re.search(r"hint: kill (\d+)  #", said)
     assert hint is not None
     os.kill(int(hint[1]), signal.SIGTERM)
