@@ -30,6 +30,7 @@ from runner.run.paths import RunPaths, content_cache_path, find_output_root, rec
 from runner.run.result import TrainResult
 from runner.run.siblings import find_absent, find_moved, list_loaded
 from runner.strict import thaw
+from runner.text import format_count
 
 if TYPE_CHECKING:
     from runner.report.effects import Report
@@ -131,7 +132,10 @@ class ReportTables:
         return FORMATS["md"](self._report)
 
     def __repr__(self) -> str:
-        return f"ReportTables({len(self.rows)} rows, {len(self.effects)} effects)"
+        return (
+            f"ReportTables({format_count(len(self.rows), 'row')},"
+            f" {format_count(len(self.effects), 'effect')})"
+        )
 
 
 def load_recipe(path: StrPath, overrides: str | Sequence[str] = ()) -> Recipe:

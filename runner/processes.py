@@ -9,9 +9,10 @@ import ctypes
 import faulthandler
 import os
 import select
+import shlex
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -91,6 +92,33 @@ def list_holders(path: Path) -> dict[int, str]:
         except OSError:  # it belongs to another user, or has just ended
             continue
     return dict(sorted(holders.items()))
+
+
+def find_commands(verbs: Collection[str]) -> dict[int, str]:
+    """`process id -> command line` of the other `runner VERB` processes of this machine with the
+    same current folder, if `/proc` shows them to this user. Finds a process from its first moment.
+    """
+    found: dict[int, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) == os.getpid():
+            continue
+        try:
+            if not os.path.samefile(process / "cwd", "."):
+                continue
+            content = (process / "cmdline").read_bytes().removesuffix(b"\0")
+        except OSError:  # it belongs to another user, or has just ended
+            continue
+        words = [word.decode(errors="replace") for word in content.split(b"\0")]
+        names = [os.path.basename(word) for word in words[:_MAX_START_WORDS]]
+        if "runner" in names:
+            rest = words[names.index("runner") + 1 :]
+            verb = next((word for word in rest if not word.startswith("-")), None)
+            if verb in verbs:
+                found[int(process.name)] = shlex.join(["runner", *rest])
+    return dict(sorted(found.items()))
+
+
+_MAX_START_WORDS: Final = 6  # before the verb: Python, its options, `-m`, `runner`
 
 
 def die_with_launcher() -> None:

@@ -31,6 +31,7 @@ from runner.files import (
 )
 from runner.recipe.launch_section import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths, marker_path
+from runner.text import format_count
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -147,7 +148,8 @@ def find_damage(checkpoint_dir: Path, step: int | None = None) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if (num_bytes := path.stat().st_size) != stated.num_bytes:
-            return f"{name} has {num_bytes} bytes, {stated.num_bytes} were committed"
+            found = format_count(num_bytes, "byte")
+            return f"{name} has {found}, {stated.num_bytes} were committed"
         if hash_file(path) != stated.sha256:
             return f"{name} does not match its committed checksum"
     return None

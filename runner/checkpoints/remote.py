@@ -29,6 +29,7 @@ from runner.recipe.parse import Recipe
 from runner.run.paths import STEP_PREFIX, AttemptPaths, RunPaths
 from runner.run.record import now_utc
 from runner.secrets import scrub_json
+from runner.text import format_count
 
 OWNER_NAME: Final = "run.json"
 _SUM_SUFFIX: Final = ".sha256"
@@ -74,7 +75,8 @@ class RemoteFolder:
         self._fs.put_file(str(archive_path), target)
         self._fs.invalidate_cache()
         if (found := self._fs.info(target)["size"]) != num_bytes:
-            raise OSError(f"{target} has {found} bytes after an upload of {num_bytes}")
+            size = format_count(found, "byte")
+            raise OSError(f"{target} has {size} after an upload of {num_bytes}")
         self._fs.pipe_file(target + _SUM_SUFFIX, f"{digest}  {_name(step)}\n".encode())
 
     def fetch(self, step: int, target_path: Path) -> None:

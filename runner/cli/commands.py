@@ -20,7 +20,7 @@ from runner.cli.reading import (
     note_edited,
     note_idle_overrides,
     select,
-    select_anew,
+    select_readable,
     warn_of_moved_names,
     warn_of_other_base_scores,
     warn_of_outdated,
@@ -56,6 +56,7 @@ from runner.run.paths import (
     find_output_root,
 )
 from runner.run.record import FailureKind, load_stored_recipe
+from runner.text import format_count
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -116,14 +117,14 @@ def run_check(arguments: argparse.Namespace) -> int:
     data sections.
     """
     # For --allow-code, each recipe is parsed: the cache must not decide what may run.
-    selected = (select_anew if arguments.allow_code else select)(arguments, arguments.paths)
+    selected, is_all = select_readable(arguments, arguments.paths, is_anew=arguments.allow_code)
     note_idle_overrides(selected)
     recipes = [one.recipe for one in selected]
     note_edited(selected)
     if arguments.allow_code:
         stream = sys.stderr if arguments.json else sys.stdout
         for file in allow_code(recipes, arguments.output_root):
-            size = f"{len(file.content):,} bytes"
+            size = format_count(len(file.content), "byte")
             print(f"allowed {file.path}, {size}, sha256 {file.sha256}", file=stream)
     if arguments.schema_only:
         if arguments.device_gib is not None:
@@ -133,7 +134,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             )
         what = "recipe is" if len(selected) == 1 else "recipes are"
         print(f"{len(selected)} {what} well-formed")
-        return 0
+        return 0 if is_all else 1
     _refuse_pushes(selected)
     hide_bitsandbytes_warning()
     from runner.preflight.check import print_check
@@ -142,7 +143,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     allow = suggest_allowing(
         arguments.paths, arguments.output_root, arguments.where, arguments.overrides
     )
-    return print_check(
+    code = print_check(
         recipes,
         arguments.output_root,
         finished,
@@ -150,6 +151,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         allow_hint=allow,
         device_gib=arguments.device_gib,
     )
+    return code if is_all else max(code, 1)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -162,8 +164,11 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         raise RunnerError(
             f"no recipe is named, only {where}", hint=f"runner doctor recipes {where}"
         )
-    selected = select(arguments, arguments.paths) if arguments.paths else []
-    return print_doctor(selected, arguments.output_root)
+    if not arguments.paths:
+        return print_doctor([], arguments.output_root)
+    selected, is_all = select_readable(arguments, arguments.paths)
+    code = print_doctor(selected, arguments.output_root)
+    return code if is_all else max(code, 1)
 
 
 def _refuse_pushes(selected: Sequence[Selected]) -> None:
@@ -343,7 +348,9 @@ def run_stop(arguments: argparse.Namespace) -> int:
     """`runner stop`."""
     from runner.view.logs import stop_runs
 
-    return stop_runs(select_anew(arguments, arguments.paths, prefer="run"))
+    selected, is_all = select_readable(arguments, arguments.paths, "run", is_anew=True)
+    code = stop_runs(selected)
+    return code if is_all else max(code, 1)
 
 
 def run_compare(arguments: argparse.Namespace) -> int:

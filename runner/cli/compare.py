@@ -272,7 +272,7 @@ def _describe(certificate: Certificate) -> Iterator[str]:
     if len(certificate.pairs) > 1 or certificate.unpaired:
         left = f"; without a partner: {name_some(certificate.unpaired)}"
         yield wrap(
-            f"{len(certificate.pairs)} pairs of runs that agree in all other axes"
+            f"{format_count(len(certificate.pairs), 'pair')} of runs, equal in all other axes"
             + (left if certificate.unpaired else "")
         )
     if certificate.not_read:

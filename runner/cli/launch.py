@@ -47,7 +47,7 @@ from runner.recipe.schema import NAME_PATTERN
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
 from runner.run.failures import UNREADABLE_HINT
-from runner.run.paths import RunPaths, content_cache_path
+from runner.run.paths import RunPaths, content_cache_path, is_run_dir
 from runner.run.record import EXIT_CODES, AskedBase, list_trained, load_progress, load_record
 from runner.secrets import find_secret
 
@@ -323,7 +323,7 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
     path = find_one(str(arguments.recipe), arguments.output_root, "recipe")
     if not path.is_dir():
         return _load_one(path, arguments)
-    if not RunPaths(path).recipe_path.exists():
+    if not is_run_dir(path):
         raise RunnerError(f"{path} is a folder", hint=f"runner sweep {shlex.quote(str(path))}")
     recipe_path = RECIPES_DIR / path.parent.name / f"{path.name}.yaml"
     raise RunnerError(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from runner.errors import CorruptFileError, escape_controls
 from runner.plan.names import Prefer
-from runner.plan.select import Selected, UnreadableRun, select_recipes
+from runner.plan.select import Selected, UnreadableRun, require_any, select_recipes
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents
 from runner.run.allowed_code import spell_command
@@ -39,12 +39,37 @@ def select(
 
 
 def select_anew(
-    arguments: argparse.Namespace, paths: Sequence[str], prefer: Prefer = "recipe"
+    arguments: argparse.Namespace,
+    paths: Sequence[str],
+    unreadable: list[UnreadableRun] | None = None,
+    prefer: Prefer = "recipe",
 ) -> list[Selected]:
     """Like `select_recipes`, parsing each recipe without the cache."""
     return select_recipes(
-        paths, arguments.output_root, arguments.where, prefer=prefer, overrides=arguments.overrides
-    )
+        paths, arguments.output_root, arguments.where, unreadable,
+        prefer=prefer, overrides=arguments.overrides,
+    )  # fmt: skip
+
+
+def select_readable(
+    arguments: argparse.Namespace,
+    paths: Sequence[str],
+    prefer: Prefer = "recipe",
+    *,
+    is_anew: bool = False,
+) -> tuple[list[Selected], bool]:
+    """The runs that can be read, through the cache unless `is_anew`, and True if these are all.
+    Prints a warning about each of the others to stderr.
+
+    Raises:
+        RunnerError: as `select_recipes`; also if no run can be read.
+    """
+    unreadable: list[UnreadableRun] = []
+    choose = select_anew if is_anew else select
+    selected = choose(arguments, paths, unreadable, prefer)
+    require_any(selected, unreadable)
+    warn_of_unreadable(unreadable)
+    return selected, not unreadable
 
 
 def note_edited(selected: Sequence[Selected]) -> None:

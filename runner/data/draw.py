@@ -23,6 +23,7 @@ from runner.data.tasks.conversations import CONVERSATION_COLUMNS
 from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection, DataSource
+from runner.recipe.reasons import count_reason
 from runner.strict import list_texts
 from runner.text import format_count
 
@@ -88,12 +89,15 @@ class LeftOut:
     def describe(self) -> list[str]:
         """One line for each reason."""
         lines = [
-            f"{split}: {count} {reason}"
+            f"{split}: {count_reason(count, reason)}"
             for split, left in self.by_task.items()
             for reason, count in left.items()
         ]
         for split, skipped in self.skipped.items():
-            lines += [f"{split}: {count} {reason}, not read" for reason, count in skipped.items()]
+            lines += [
+                f"{split}: {count_reason(count, reason)}, not read"
+                for reason, count in skipped.items()
+            ]
         for split, columns in self.columns.items():
             named = ", ".join(_name_column(column, count) for column, count in columns.items())
             lines.append(f"{split}: not used in any row's text: {named}")

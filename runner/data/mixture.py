@@ -58,7 +58,7 @@ def interleave(
     if short:
         largest = _count_possible(pools, order)
         raise DataError(
-            f"sources run out before there are {count} rows:\n"
+            f"sources run out before there are {format_count(count, 'row')}:\n"
             + "\n".join(f"  {line}" for line in short),
             hint=(
                 f"request {format_count(largest, 'row')} or fewer,"

@@ -336,7 +336,8 @@ def _cut_turns(
             masked = _mask(rest, masker, data)
         except MaskError as error:
             raise MaskError(
-                f"{raw.where}, without the {cut} messages before message {first}: {error.message}",
+                f"{raw.where}, without the {format_count(cut, 'message')} before message {first}:"
+                f" {error.message}",
                 hint=error.hint,
             ) from None
         if len(masked.input_ids) <= data.max_length:

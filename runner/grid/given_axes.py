@@ -10,12 +10,13 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from runner.errors import MAX_SHOWN_PROBLEMS, RecipeError, RunnerError
+from runner.errors import MAX_SHOWN_PROBLEMS, Problem, RecipeError, RunnerError
 from runner.grid.spec import SEED_AXIS, TAKEN_NAMES, find_label, show_label
 from runner.grid.template import quote_yaml
+from runner.recipe.keys import find_keys
 from runner.recipe.parse import parse_recipe
 from runner.recipe.schema import Scalar
 from runner.recipe.values import read_values
@@ -278,6 +279,42 @@ def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
     """Raises RunnerError, with the schema's own messages, for keys and values that the recipe
     `base_text` does not accept.
     """
+    found = _try_values(axes, base_text)
+    if not found.lines:
+        return
+    lines = "\n".join(list(found.lines)[:MAX_SHOWN_PROBLEMS])
+    hint = _suggest_key(axes, found.unknown, base_text)
+    hint = hint or _suggest_values(axes, found.overrides)
+    hint = hint or _suggest_missing(axes, list(found.missing), base_text)
+    if hint is None and (found.missing or "does not go with" in lines):
+        hint = BY_HAND
+    raise RunnerError(f"the recipes do not accept these values of `--axis`\n\n{lines}", hint=hint)
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """The problems that the recipe has with values of the axes. A dict keeps the order and holds
+    each line or key once.
+    """
+
+    lines: dict[str, None] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)
+    missing: dict[str, None] = field(default_factory=dict)
+    overrides: dict[str, list[str]] = field(default_factory=dict)  # as written, by key
+
+    def add(self, problem: Problem, what: str, overrides: Sequence[str]) -> None:
+        """Add a problem of the recipe with `overrides`, which a message calls `what`."""
+        is_missing = problem.what == "is missing"
+        key = what if problem.key == "(recipe)" else problem.key
+        self.lines[f"  {key}: {problem.what}{f' with {what}' if is_missing else ''}"] = None
+        self.overrides.setdefault(problem.key, []).extend(overrides)
+        if problem.what.startswith("unknown key"):
+            self.unknown.add(problem.key)
+        if is_missing:
+            self.missing[problem.key] = None
+
+
+def _try_values(axes: Sequence[GivenAxis], base_text: str) -> _Refused:
     first = [_write_override(axis, axis.values[0]) for axis in axes]
     instead = [f"{axis.replaces}=null" for axis in axes if axis.replaces]
     if any(axis.key == "model.dtype" for axis in axes):  # the template derives these from it
@@ -288,27 +325,14 @@ def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
         for value in axis.values[1:]:
             override = _write_override(axis, value)
             tried[override] = [*first[:at], override, *first[at + 1 :]]
-    problems: dict[str, None] = {}
-    unknown: set[str] = set()
-    refused: dict[str, list[str]] = {}  # overrides as written, by key
+    found = _Refused()
     for what, overrides in tried.items():
         try:
             parse_recipe(base_text, where="--axis", overrides=[*overrides, *instead])
         except RecipeError as error:
             for problem in error.problems:
-                key = what if problem.key == "(recipe)" else problem.key
-                problems[f"  {key}: {problem.what}"] = None
-                refused.setdefault(problem.key, []).extend(overrides)
-                if problem.what.startswith("unknown key"):
-                    unknown.add(problem.key)
-    if not problems:
-        return
-    lines = "\n".join(list(problems)[:MAX_SHOWN_PROBLEMS])
-    hint = _suggest_key(axes, unknown, base_text)
-    hint = hint or _suggest_values(axes, refused)
-    if hint is None and ("is missing" in lines or "does not go with" in lines):
-        hint = BY_HAND
-    raise RunnerError(f"the recipes do not accept these values of `--axis`\n\n{lines}", hint=hint)
+                found.add(problem, what, overrides)
+    return found
 
 
 def _suggest_values(
@@ -322,6 +346,24 @@ def _suggest_values(
             others = ",".join(_write_value(one).strip('"') for one in kept)
             return f"--axis {axis.key}={others}"
     return None
+
+
+def _suggest_missing(
+    axes: Sequence[GivenAxis], missing: Sequence[str], base_text: str
+) -> str | None:
+    """The options that set the missing keys, with the values of their examples, if all recipes
+    accept these; None if only some values of an axis need the keys.
+    """
+    more = []
+    for key in missing:
+        found = find_keys(key)
+        if found is None or len(found.keys) != 1 or found.keys[0].example is None:
+            return None
+        more.append(GivenAxis(key, key, (found.keys[0].example,)))
+    if not more or _try_values([*axes, *more], base_text).lines:
+        return None
+    words = " ".join(f"--axis {axis.key}={axis.show_values()}" for axis in more)
+    return f"add {words}"
 
 
 def _write_override(axis: GivenAxis, value: Scalar) -> str:

@@ -275,6 +275,7 @@ def _describe_starter(starter: _Starter) -> list[str]:
     if unsaid:
         notes.append(f"not read, columns of {path}: {', '.join(unsaid)}")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
+    notes += plan.empty
     if plan.ignored:
         notes.append("`data.ignore` in the recipe lists the ones that may hold content")
     own = [split for split in plan.sources if split != "train"]

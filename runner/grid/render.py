@@ -333,7 +333,8 @@ def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
             f"{other}={'|'.join(map(show_label, labels))}" for other, labels in axis.when.items()
         )
         axes.append(f"{name} ({len(axis.values)}{' where ' + where if where else ''})")
-    rows = [f"{grid}", f"  {keys.num_cells:>5} cells     {' x '.join(axes)}"]
+    cells = f"{'cell' if keys.num_cells == 1 else 'cells':<8}"
+    rows = [f"{grid}", f"  {keys.num_cells:>5} {cells}  {' x '.join(axes)}"]
     for rule, count in zip(spec.exclude, keys.num_excluded, strict=True):
         when = ", ".join(
             f"{name}={'|'.join(map(show_label, labels))}" for name, labels in rule.when.items()
@@ -341,7 +342,8 @@ def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
         rows.append(f"  {f'-{count}':>5} excluded  {when}: {rule.why}")
     if keys.num_included:
         rows.append(f"  {f'+{keys.num_included}':>5} included")
-    return "\n".join([*rows, f"  {len(keys.keys):>5} recipes"])
+    recipes = "recipe" if len(keys.keys) == 1 else "recipes"
+    return "\n".join([*rows, f"  {len(keys.keys):>5} {recipes}"])
 
 
 def render_grids(

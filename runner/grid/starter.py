@@ -24,17 +24,14 @@ from runner.data.tasks.base import (
     EMPTY,
     Example,
     Examples,
-    Task,
     UnusedColumnsError,
     find_meaning,
 )
 from runner.data.tasks.prompt_completion import PromptCompletionTask
-from runner.data.tasks.prompts import (
-    describe_unfillable,
-    list_placeholders,
-    list_unfillable,
-)
-from runner.errors import RunnerError
+from runner.data.tasks.prompts import describe_unfillable, list_unfillable
+from runner.errors import DataError, RunnerError
+from runner.grid.column_hints import list_column_sets, list_columns, suggest_columns
+from runner.grid.empty_texts import Given, count_empty, refuse_empty_columns
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
 from runner.project_folder import TEMPLATES
@@ -97,8 +94,6 @@ _MAX_TRAIN: Final = 1000
 BATCH: Final = 8  # rows of one update
 _MIN_STEPS: Final = 12
 _LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
-_MAX_COLUMNS: Final = 20  # shown in an error
-_MAX_SAMPLE: Final = 60  # characters
 _NO_TEMPLATE: Final = "recipe_templates/chat/human_assistant.jinja"
 _UNREMARKABLE_COLUMNS: Final = ("id", "idx")  # not worth a note if unread
 
@@ -118,6 +113,7 @@ class DataPlan:
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
     left_out: tuple[str, ...]  # the rows that the task or the splits leave out, one line each
+    empty: tuple[str, ...]  # the rows with an empty prompt or answer, one line each
     num_validation: int
     num_test: int
     num_train: int  # rows left for training
@@ -157,7 +153,9 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
         section = DataSection.model_validate_json(json.dumps({**sources, **counts, **rest}))
         return section.model_copy(update=dict(given.sources))  # keeps the keys that they state
 
-    examples, ignored = _build_examples(read(1).task, given.sources)
+    rows = Given(read(1).task, given.name, first[1], columns.prompt)
+    examples, ignored = _build_examples(rows, given.sources)
+    empty = count_empty(rows, {split: one.examples for split, one in examples.items()})
     num_bytes = {
         split: {one.key: _count_bytes(one) for one in examples[split].examples}
         for split in examples
@@ -180,6 +178,7 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
         unused=(*unused, *ignored),
         ignored=ignored,
         left_out=tuple(splits.left_out.describe()),
+        empty=tuple(empty),
         num_validation=min(_MAX_TRAIN, len(splits.validation)),
         num_test=min(_MAX_TRAIN, len(splits.test)),
         num_train=len(splits.train),
@@ -189,7 +188,7 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
 
 
 def _build_examples(
-    task: Task, sources: Mapping[str, DataSource]
+    given: Given, sources: Mapping[str, DataSource]
 ) -> tuple[dict[str, Examples], tuple[str, ...]]:
     """The examples of each split, and the names that the recipe must ignore. Raises: DataError,
     also if such a name has a known meaning, because only the user may leave that out.
@@ -200,12 +199,15 @@ def _build_examples(
     ignored: dict[str, None] = {}
     for split, source in sources.items():
         try:
-            examples[split] = task.build_examples(load_rows(source), used=frozenset(ignored))
+            examples[split] = given.task.build_examples(load_rows(source), used=frozenset(ignored))
         except UnusedColumnsError as error:
             if any(find_meaning(name) for name in error.names):
                 raise
             ignored |= dict.fromkeys(error.names)
-            examples[split] = task.build_examples(load_rows(source), used=frozenset(ignored))
+            examples[split] = given.task.build_examples(load_rows(source), used=frozenset(ignored))
+        except DataError:
+            refuse_empty_columns(given, source)  # says more than the first row's problem
+            raise
     return examples, tuple(ignored)
 
 
@@ -230,12 +232,12 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
         found = task.recognise(row)
         if found is not None:
             return found.section
-    recognised = [", ".join(needed) for task in tasks for needed, _ in task.RECOGNISED_BY]
+    sets = [needed for task in tasks for needed, _ in task.RECOGNISED_BY]
     raise RunnerError(
-        f"{where}: cannot tell the task from the columns: {_list_columns(row)}",
+        f"{where}: cannot tell the task from the columns: {list_columns(row)}",
         hint=(
-            f"name the columns of the prompt and the answer, for example {_suggest_columns(row)}\n"
-            f"      or rename the columns to one of these: {'; '.join(dict.fromkeys(recognised))}\n"
+            f"name the columns of the prompt and the answer, for example {suggest_columns(row)}\n"
+            f"{list_column_sets(row, sets)}"
             "      or, if Python must build the rows: start without --data, and write"
             " `data.train.path` and\n"
             "      `data.task: {name: python, function: rows.py:build}` into"
@@ -253,8 +255,8 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         missing = "--prompt" if prompt is None else "--completion"
         raise RunnerError(
             f"`{missing}` is missing: --prompt and --completion go together"
-            f"\n\ncolumns: {_list_columns(row)}",
-            hint=_suggest_columns(row, prompt, completion),
+            f"\n\ncolumns: {list_columns(row)}",
+            hint=suggest_columns(row, prompt, completion),
         )
     if isinstance(row, Mapping):
         _refuse_no_columns(prompt, completion, row)
@@ -271,8 +273,8 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         problems = list_problems(error, PromptCompletionTask, section, "")
         what = problems[0].what
         raise RunnerError(
-            f"`--prompt`: {what}\n\ncolumns: {_list_columns(row)}",
-            hint=_suggest_columns(row, prompt, completion),
+            f"`--prompt`: {what}\n\ncolumns: {list_columns(row)}",
+            hint=suggest_columns(row, prompt, completion),
         ) from None
     return section
 
@@ -305,7 +307,7 @@ def _refuse_no_columns(prompt: str, completion: str, row: Mapping[str, Any]) -> 
     names = [str(name) for name in row]
     what = f"`--completion {completion}`: the rows have no such column"
     raise RunnerError(
-        f"{what}{suggest(completion.strip('{}'), names)}\n\ncolumns: {_list_columns(row)}"
+        f"{what}{suggest(completion.strip('{}'), names)}\n\ncolumns: {list_columns(row)}"
     )
 
 
@@ -317,74 +319,6 @@ def _build_nested(what: str, column: str) -> RunnerError:
             " (`data.task: {name: python, function: rows.py:build}`)"
         ),
     )
-
-
-def _list_columns(row: Any) -> str:
-    """The columns of a row, one line each with its value; "no columns" if there are none."""
-    if not isinstance(row, Mapping) or not row:
-        return "no columns"
-    width = max(min(len(str(name)), _MAX_SAMPLE) for name in row)
-    lines = [
-        f"  {str(name)[:_MAX_SAMPLE]:<{width}}  {_show_sample(value)}"
-        for name, value in row.items()
-    ]
-    more = f"\n  and {len(lines) - _MAX_COLUMNS} more" if len(lines) > _MAX_COLUMNS else ""
-    names = ", ".join(map(str, row))
-    return f"{names}\n\n" + "\n".join(lines[:_MAX_COLUMNS]) + more
-
-
-def _show_sample(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MAX_SAMPLE else f"{text[:_MAX_SAMPLE]}..."
-
-
-def _suggest_columns(row: Any, prompt: str | None = None, completion: str | None = None) -> str:
-    """The two options. They keep the words that the user gave. With none, they name the two columns
-    with the longest texts; a column that cannot be guessed is a word in capitals.
-
-    >>> row = {"opened": "2026-01-07", "ticket": "My kettle is lost", "agent": "Ana", "queue": "b"}
-    >>> print(_suggest_columns(row, completion="queue"))
-    --prompt '{ticket}' --completion queue
-    >>> print(_suggest_columns(row, prompt="Which queue? {ticket}"))
-    --prompt 'Which queue? {ticket}' --completion ANSWER
-    >>> print(_suggest_columns(row, prompt="Which queue?", completion="queue"))
-    --prompt 'Which queue? {ticket}' --completion queue
-    """
-    columns = row if isinstance(row, Mapping) else {}
-    in_prompt = list_placeholders(prompt or "")
-    if completion in in_prompt:
-        completion = None
-    texts = {
-        str(name): value
-        for name, value in columns.items()
-        if isinstance(value, str) and value.strip() and not _DATE.match(value)
-    }
-    free = [name for name in texts if name not in (prompt, completion, *in_prompt)]
-    longest = sorted(free, key=lambda name: len(texts[name]), reverse=True)
-    if prompt is None and completion is None and len(free) > 2:
-        free = [name for name in free if name in longest[:2]]
-    if prompt is None or not (in_prompt or prompt in columns):
-        if completion is not None and free:
-            column = longest[0]
-        else:
-            column = free[0] if len(free) == 2 else "QUESTION"
-        prompt = _name_in_prompt(prompt, column)
-        free = [name for name in free if name != column]
-    if completion is None:
-        completion = free[0] if len(free) == 1 else "ANSWER"
-    return f"--prompt {shlex.quote(prompt)} --completion {shlex.quote(completion)}"
-
-
-# The beginning of a date, such as 2026-01-07 or 07.01.2026: neither a prompt nor an answer.
-_DATE: Final = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b")
-
-
-def _name_in_prompt(words: str | None, column: str) -> str:
-    """The prompt with the column in braces; the bare column if braces cannot hold its name."""
-    braced = f"{{{column}}}"
-    if not list_placeholders(braced):
-        return column
-    return braced if words is None else f"{words} {braced}"
 
 
 def choose_train_counts(num_left: int) -> tuple[int, ...]:

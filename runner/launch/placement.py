@@ -24,6 +24,7 @@ from runner.plan.decide import Launch
 from runner.plan.select import QueuedRun, Selected
 from runner.processes import die_with_parent
 from runner.recipe.parse import Recipe
+from runner.text import format_count
 
 # Raises: RunnerError for runs that could never start.
 RequireRuns = Callable[[Sequence[Launch]], None]
@@ -164,8 +165,8 @@ class Devices:
             # Each process needs its own GPU.
             if self.gpus is not None and launch.num_processes > len(self.gpus):
                 raise RefusedError(
-                    f"{launch.full_name} needs {launch.num_processes} GPUs, one per process;"
-                    f" the sweep has {len(self.gpus)}",
+                    f"{launch.full_name} needs {format_count(launch.num_processes, 'GPU')},"
+                    f" one per process; the sweep has {len(self.gpus)}",
                     hint=f"name {launch.num_processes}: --gpus"
                     f" {','.join(map(str, range(launch.num_processes)))}",
                 )

@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from runner.errors import RunnerError
 from runner.project_folder import describe_no_project
-from runner.run.paths import RunPaths
+from runner.run.paths import RunPaths, is_run_dir
 
 RECIPES_DIR: Final = Path("recipes")
 MAX_NAMED: Final = 8  # of the meanings of one name, and of the existing grids
@@ -88,9 +88,9 @@ def find_one(text: str, output_root: Path, prefer: Prefer, grid: str | None = No
 def _is_folder_without_recipes(path: Path) -> bool:
     if not os.path.isdir(path):
         return False
-    wanted = RunPaths(path).recipe_path.name
+    wanted = {RunPaths(path).recipe_path.name, RunPaths(path).record_path.name}
     return not any(
-        name == wanted or name.endswith(".yaml") for _, _, names in os.walk(path) for name in names
+        name in wanted or name.endswith(".yaml") for _, _, names in os.walk(path) for name in names
     )
 
 
@@ -137,7 +137,7 @@ def _list_runs(output_root: Path, grids: str, name: str) -> Iterator[_Meaning]:
     runs = {
         (one.parent.name, one.name): one
         for one in output_root.glob(f"{grids}/{glob.escape(name)}")
-        if RunPaths(one).recipe_path.exists()
+        if is_run_dir(one)
     }
     for key in sorted({*recipes, *runs}):
         if not key[0].startswith("."):  # those were moved aside

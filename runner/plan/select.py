@@ -28,7 +28,8 @@ from runner.recipe.habits import find_answer
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.facts import Found, Part, RunFacts, read_facts, read_stored_recipe
-from runner.run.paths import RunPaths
+from runner.run.failures import UNREADABLE_HINT
+from runner.run.paths import RunPaths, is_run_dir, is_without_recipe
 from runner.run.record import StoredRecipe
 
 
@@ -161,6 +162,16 @@ def _narrow(
     return [one.source_path for one in _match_axes(plain, where)]
 
 
+def require_any(selected: Sequence[Selected], unreadable: Sequence[UnreadableRun]) -> None:
+    """Raises CorruptFileError if all selected runs are unreadable."""
+    if unreadable and not selected:
+        first, num_others = unreadable[0], len(unreadable) - 1
+        more = f"; likewise {num_others} more" if num_others else ""
+        raise CorruptFileError(
+            f"{first.full_name} is unreadable: {first.why}{more}", hint=UNREADABLE_HINT
+        )
+
+
 def load_selected(
     path: Path,
     output_root: Path,
@@ -256,15 +267,15 @@ def expand_folder(path: Path) -> list[Path]:
     """The recipes in a folder, otherwise the run directories in it. Hidden folders are left out,
     because they were moved aside. The recipes of a project are those in its `recipes/`.
     """
-    if not path.is_dir() or _is_run(path):
+    if not path.is_dir() or is_run_dir(path):
         return [path]
     if is_project(path):  # whose other files are templates, model cards and launch configs
         recipes = path / RECIPES_DIR
         found = expand_folder(recipes) if recipes.is_dir() else []
-        return found or [folder for folder in _walk(path) if _is_run(folder)]
+        return found or [folder for folder in _walk(path) if is_run_dir(folder)]
     folders = list(_walk(path))
     files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
-    return files or [folder for folder in folders if _is_run(folder)]
+    return files or [folder for folder in folders if is_run_dir(folder)]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -272,16 +283,11 @@ def _walk(folder: Path) -> Iterator[Path]:
     directories.
     """
     yield folder
-    if not _is_run(folder):
+    if not is_run_dir(folder):
         for child in sorted(
             child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
         ):
             yield from _walk(child)
-
-
-def _is_run(folder: Path) -> bool:
-    """True if a folder has a recipe.json, readable or not."""
-    return os.path.lexists(RunPaths(folder).recipe_path)
 
 
 def _locate(path: Path) -> Path:
@@ -292,13 +298,17 @@ def _locate(path: Path) -> Path:
 def _load_selected(
     path: Path, output_root: Path, load: Callable[[Path], Recipe], overrides: Sequence[str]
 ) -> Selected:
-    if path.is_dir() and (path.suffix != ".yaml" or _is_run(path)):
+    if path.is_dir() and (path.suffix != ".yaml" or is_run_dir(path)):
         if overrides:
             raise RefusedError(
                 f"{path} is a run directory: overrides such as {overrides[0]!r} apply only to"
                 " recipe files"
             )
         paths = RunPaths(path)
+        if is_without_recipe(path):
+            raise CorruptFileError(
+                f"{paths.recipe_path} is missing, but there are other files of a run"
+            )
         found = read_stored_recipe(paths)
         stored: StoredRecipe | None = found.get()
         if stored is None:

@@ -307,7 +307,7 @@ def _need_devices(recipe: Recipe, machine: Machine) -> Iterator[Need]:
         )
     devices = machine.libraries.devices
     if wanted.num_gpus > max(len(devices), 1):  # a single process can train on the CPU
-        hint: str | None = f"a machine with {wanted.num_gpus} GPUs"
+        hint: str | None = f"a machine with {format_count(wanted.num_gpus, 'GPU')}"
         if machine.gpus and not devices and machine.libraries.cuda is None:
             hint = _CUDA_TORCH
         elif devices:

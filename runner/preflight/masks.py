@@ -457,8 +457,8 @@ def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
             f"<h2>{view.split} row {view.number}</h2><p><code>{escape(view.row_id)}</code> "
         )
         parts.append(
-            f"{escape(show(view.where))}</p><p>{view.num_tokens}"
-            f" tokens, {view.num_trained} trained; "
+            f"{escape(show(view.where))}</p><p>{format_count(view.num_tokens, 'token')}"
+            f", {view.num_trained} trained; "
         )
         parts.append(
             f"{escape(_describe_fate(view, recipe))}. Mask proven by: {escape(view.method)}.</p>"

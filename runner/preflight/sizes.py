@@ -35,7 +35,7 @@ from runner.model.size import (
 from runner.preflight.survey import CheckedRun, CheckResult, group_runs
 from runner.recipe.evaluation_section import GenerationOn
 from runner.recipe.parse import Recipe, derive_answer_batch
-from runner.text import format_bytes
+from runner.text import format_bytes, format_count
 
 Value = TypeVar("Value")
 
@@ -271,7 +271,7 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
         yield (
             f"{one.recipe.model.path}, {size.num_base_parameters / 1e6:,.1f}M parameters,"
             f" {size.num_trained_parameters / 1e6:,.2f}M trained, {batch} x"
-            f" {sizes[one.name].longest_row} tokens:"
+            f" {format_count(sizes[one.name].longest_row, 'token')}:"
             f" about {format_bytes(memory.total)} of memory per process{offloaded}"
         )
         yield f"  {shown}"
@@ -279,7 +279,7 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
         if max(answers):
             most = group[answers.index(max(answers))].recipe
             yield (
-                f"  and {derive_answer_batch(most)} answers at a time:"
+                f"  and {format_count(derive_answer_batch(most), 'answer')} at a time:"
                 f" about {format_bytes(max(answers))}"
             )
     disk = [sizes[run.name].disk_bytes for run in measured]

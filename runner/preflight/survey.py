@@ -124,7 +124,8 @@ class _Progress:
         if time.monotonic() - self._shown_at > _PROGRESS_EVERY_SECONDS:
             self._shown_at = time.monotonic()
             print(
-                f"checked {self._num_done} of {self._num_pairs} pairs of model and data: {name}",
+                f"checked {self._num_done} of {format_count(self._num_pairs, 'pair')} of model and"
+                f" data: {name}",
                 file=sys.stderr,
             )
 

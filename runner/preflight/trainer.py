@@ -28,6 +28,7 @@ from runner.recipe.identity import load_launch_settings
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import derive_schedule
 from runner.sft.arguments import build_config, list_arguments
+from runner.text import format_count
 
 Arguments = Mapping[str, Any]
 
@@ -392,8 +393,8 @@ def _require_usable_rates(scheduler: Any, num_updates: int) -> None:
             factor = function(update)
             if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
                 raise ValueError(
-                    f"after {update} of {num_updates} updates the learning rate would be {factor}"
-                    " times the stated one"
+                    f"after {update} of {format_count(num_updates, 'update')} the learning rate"
+                    f" would be {factor} times the stated one"
                 )
 
 

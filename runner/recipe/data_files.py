@@ -20,6 +20,7 @@ import yaml
 from runner.errors import DataError
 from runner.recipe.data_section import DataSource
 from runner.recipe.problems import suggest
+from runner.recipe.reasons import count_reason
 from runner.text import format_count
 
 COMPRESSIONS: Final = (".gz", ".zst")
@@ -185,7 +186,7 @@ def _choose_split(source: DataSource, folder: _Folder) -> SourceFiles:
     by_split, path = folder.by_split, source.path
     if not by_split:
         reasons = "".join(
-            f"\n  {len(names)} {reason}: {describe_files(names)}"
+            f"\n  {count_reason(len(names), reason)}: {describe_files(names)}"
             for reason, names in folder.skipped.items()
         )
         raise DataError(f"the folder {path} holds no {ACCEPTED} file{reasons}")

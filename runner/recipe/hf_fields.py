@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial, reduce
 from operator import or_
 from pathlib import Path
@@ -195,6 +195,17 @@ REFUSED_VALUES: Final[dict[str, dict[str, str]]] = {
 _OPTIM_ARGS: Final = re.compile(r"\s*[A-Za-z_]\w*\s*=[^,=]+(,\s*[A-Za-z_]\w*\s*=[^,=]+)*")
 
 
+# The numbers that lists and mappings of a field hold; annotations do not say it in the tables.
+_WHOLE: Final = ((int,), "whole numbers")
+_NUMBERS_WITHIN: Final[dict[str, tuple[tuple[type, ...], str]]] = {
+    "rank_pattern": _WHOLE,
+    "alpha_pattern": ((int, float), "numbers"),
+    "layers_to_transform": _WHOLE,
+    "trainable_token_indices": _WHOLE,
+    "alora_invocation_tokens": _WHOLE,
+    "layer_replication": _WHOLE,
+}
+
 # Values for `runner recipe KEY`, if the default is not a good example.
 _EXAMPLES: Final[dict[str, Any]] = {
     "learning_rate": 2e-4,
@@ -298,4 +309,20 @@ def _refuse_value(name: str, value: Any, info: ValidationInfo) -> Any:
         raise ValueError(f"`{value}` cannot be used here: it {reasons[value]}")
     if name == "optim_args" and value is not None and not _OPTIM_ARGS.fullmatch(value):
         raise ValueError(f"got the text {value!r}, expected `name=value, name=value`")
+    if name in _NUMBERS_WITHIN:
+        kinds, expected = _NUMBERS_WITHIN[name]
+        for number in _list_leaves(value):
+            if type(number) not in kinds:
+                raise ValueError(f"got {json.dumps(number)} in it, expected {expected}")
     return value
+
+
+def _list_leaves(value: Any) -> Iterator[Any]:
+    """All values within mappings and lists."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _list_leaves(item)
+    elif value is not None:
+        yield value

@@ -37,11 +37,8 @@ from runner.recipe.evaluation_section import (
 )
 from runner.recipe.habits import Answer, find_answer, fit_answer, suggest_overrides
 from runner.recipe.launch_section import CheckpointsSection, LaunchSection, TrackingSection
-from runner.recipe.problems import (
-    Fit,
-    escape_text,
-    list_problems,
-)
+from runner.recipe.literals import find_inexact
+from runner.recipe.problems import Fit, escape_text, find_line, list_problems
 from runner.recipe.schema import (
     LIKELIHOOD_METRICS,
     NLL_METRICS,
@@ -360,12 +357,17 @@ def parse_yaml(
 
     def load(words: Sequence[str], fit: Fit = lambda answer: answer) -> _Model:
         values = read_values(text, where=where, overrides=words, hint=hint)
+        container, typed = json.loads(values), list_typed(words)
         try:
-            return model.model_validate_json(values)
+            parsed = model.model_validate_json(values)
         except ValidationError as error:
-            typed = list_typed(words)
-            problems = list_problems(error, model, json.loads(values), text, typed, fit)
+            problems = list_problems(error, model, container, text, typed, fit)
             raise RecipeError(where, problems, hint=hint) from None
+        inexact = list(find_inexact(parsed, container))
+        if inexact:
+            problems = [Problem(key, what, find_line(key, text, typed)) for key, what in inexact]
+            raise RecipeError(where, problems, hint=hint)
+        return parsed
 
     try:
         return load(overrides)

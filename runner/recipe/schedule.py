@@ -93,8 +93,8 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
     updates, batch = schedule.num_updates, schedule.global_batch_size
     if schedule.num_warmup_updates >= updates:
         yield (
-            f"warmup takes {schedule.num_warmup_updates} updates, but the run has {updates}: the"
-            " learning rate never reaches `training.learning_rate`"
+            f"warmup takes {format_count(schedule.num_warmup_updates, 'update')}, but the run has"
+            f" {updates}: the learning rate never reaches `training.learning_rate`"
         )
     if _ignores_warmup(recipe) and recipe.training.hugging_face_arguments().get("warmup_steps"):
         yield (

@@ -467,7 +467,8 @@ def find_other_scales(rows: Sequence[ReportRow]) -> list[str]:
     unknown = groups.pop(None, [])
     if len(groups) > 1:
         sets = [
-            f"{str(ids_hash)[:_HASH_CHARACTERS]} ({runs[0].num_test_rows} rows): {_name(runs)}"
+            f"{str(ids_hash)[:_HASH_CHARACTERS]} "
+            f" ({format_count(runs[0].num_test_rows or 0, 'row')}): {_name(runs)}"
             for ids_hash, runs in groups.items()
         ]
         warnings.append(

@@ -340,7 +340,10 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
         )
         if left_out:
             caption += f" {format_count(left_out, 'comparison')} left out of these figures."
-        wins = [f"{one.title}: {one.num_wins} of {one.num_rows} rows better" for one in chunk]
+        wins = [
+            f"{one.title}: {one.num_wins} of {format_count(one.num_rows, 'row')} better"
+            for one in chunk
+        ]
         drawings.append(
             Drawing(
                 f"rows-{len(drawings) + 1}",

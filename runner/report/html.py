@@ -224,6 +224,8 @@ def _fill_rows(
 
 def _name_left_out(num_shown: int, num_left_out: int) -> str:
     if not num_left_out:
+        if num_shown == 1:
+            return "The only row."
         return f"All {num_shown:,} rows, the largest differences first."
     return (
         f"The {format_count(num_shown, 'row')} with the largest differences;"

@@ -410,8 +410,9 @@ def format_power(report: PowerReport) -> str:
     unit = report.metric.unit if report.metric.unit != report.metric.title else "its own units"
     lines = [
         f"{report.grid}, {report.task}: {report.metric.title}, in {unit}",
-        f"pilot: {report.num_runs} of {report.num_all_runs} runs scored, {report.num_cells} cells,"
-        f" {seeds}, {report.num_test_rows} test rows",
+        f"pilot: {report.num_runs} of {format_count(report.num_all_runs, 'run')} scored,"
+        f" {format_count(report.num_cells, 'cell')}, {seeds},"
+        f" {format_count(report.num_test_rows, 'test row')}",
         "",
         "standard deviation of runs that differ only in the seed",
         *_format_pools(report.pools),

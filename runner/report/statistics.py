@@ -36,6 +36,7 @@ from runner.report.variances import (
     measure,
     satterthwaite,
 )
+from runner.text import format_count
 
 # Names of `variances` that callers need
 __all__ = ["CellScores", "NotComparableError"]
@@ -368,7 +369,10 @@ def compare_single_runs(
         v_seed=errors.v_seed,
         df_seed=errors.df_seed,
         num_seeds=(1, 1),
-        design=f"two single runs; seed variance from {len(cells)} cells of the same pool",
+        design=(
+            f"two single runs; seed variance from {format_count(len(cells), 'cell')} of the same"
+            " pool"
+        ),
         note="",
     )
 
@@ -468,7 +472,9 @@ def _describe_pools(cells: Sequence[CellScores], weights: Sequence[float], desig
         return "each cell with its own seed variance (Welch)"
     used = {cell.pool for cell, weight in zip(cells, weights, strict=True) if weight != 0}
     replicated = Counter(cell.pool for cell in cells if cell.pool in used and len(cell.sums) > 1)
-    counts = ", ".join(f"{count} cells of {pool}" for pool, count in sorted(replicated.items()))
+    counts = ", ".join(
+        f"{format_count(count, 'cell')} of {pool}" for pool, count in sorted(replicated.items())
+    )
     return f"seed variance pooled over {counts}"
 
 

@@ -19,6 +19,7 @@ from runner.functions import PythonFile, read_python_file
 from runner.project_folder import pasteable
 from runner.recipe.parse import Recipe
 from runner.run.paths import allowed_code_path
+from runner.text import format_count
 
 
 def suggest_allowing(
@@ -129,7 +130,7 @@ def _refuse_others(files: Sequence[PythonFile], output_root: Path, hint: str) ->
     lines = []
     for file in others:
         why = "changed since it was allowed" if file.path in known else "was not allowed yet"
-        size = f"{len(file.content):,} bytes"
+        size = format_count(len(file.content), "byte")
         lines.append(f"  {file.path}  {why}, {size}, sha256 {file.sha256[:12]}...")
     raise RefusedError(
         "recipes name Python files that would run with your rights:\n" + "\n".join(lines),

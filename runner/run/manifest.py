@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from runner.errors import escape_controls
 from runner.files import fsync_dir, hash_file, hash_json, load_json
 from runner.run.paths import RunPaths
+from runner.text import format_count
 
 _MAX_NAME: Final = 200
 _SIGNATURE: Final = "result_sha256"
@@ -146,7 +147,7 @@ def find_other_sizes(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, 
             if not (is_removed and is_of_model(name)):
                 damage[name] = "is missing"
         elif size != record.size:
-            damage[name] = f"has {size:,} bytes, {record.size:,} were recorded"
+            damage[name] = f"has {format_count(size, 'byte')}, {record.size:,} were recorded"
     return damage
 
 
@@ -224,8 +225,9 @@ def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
             lines.append(f"{name} would be missing")
         elif found[name] != recorded[name]:
             lines.append(
-                f"{name} would have {found[name].size:,} bytes, sha256 {found[name].sha256[:12]},"
-                f" but {recorded[name].size:,} bytes, {recorded[name].sha256[:12]}, were recorded"
+                f"{name} would have {format_count(found[name].size, 'byte')}, sha256"
+                f" {found[name].sha256[:12]}, but {format_count(recorded[name].size, 'byte')},"
+                f" {recorded[name].sha256[:12]}, were recorded"
             )
     return lines
 

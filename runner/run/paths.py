@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -210,6 +211,22 @@ class AttemptPaths:
     def uploads_path(self) -> Path:
         """The outcome of each upload to the remote storage."""
         return self.attempt_dir / "uploads.jsonl"
+
+
+def is_run_dir(folder: Path) -> bool:
+    """True if a folder has a recipe.json, readable or not, or what is left of a run without one."""
+    return os.path.lexists(RunPaths(folder).recipe_path) or is_without_recipe(folder)
+
+
+def is_without_recipe(folder: Path) -> bool:
+    """True if a folder has no recipe.json and at least two other things that only a run has. Other
+    folders may have one with such a name.
+    """
+    paths = RunPaths(folder)
+    files = (paths.record_path, paths.result_path, paths.lease_path)
+    folders = (paths.attempts_dir, paths.checkpoints_dir)
+    num_found = sum(map(os.path.isfile, files)) + sum(map(os.path.isdir, folders))
+    return num_found >= 2 and not os.path.lexists(paths.recipe_path)
 
 
 def marker_path(checkpoint_dir: Path) -> Path:

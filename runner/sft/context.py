@@ -36,6 +36,7 @@ from runner.run.record import (
 )
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace
+from runner.text import format_count
 
 Result = TypeVar("Result")
 
@@ -98,7 +99,7 @@ class RunContext:
         recipe = load_code(stored.pinned, output_root, allow, stored.contents)
         if place.world_size != attempt.num_processes:
             raise RefusedError(
-                f"{place.world_size} processes were started,"
+                f"{format_count(place.world_size, 'process')} started this attempt,"
                 f" {attempt.num_processes} were requested",
                 hint=(
                     f"check that {recipe.launch.accelerate_config} starts several processes; "

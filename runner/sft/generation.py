@@ -30,6 +30,7 @@ from runner.recipe.evaluation_section import EarlyStoppingOn, GenerationOn
 from runner.recipe.parse import Recipe
 from runner.run.result import GenerationScore
 from runner.sft.evaluate import share_rows
+from runner.text import format_count
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,9 @@ def refuse_unjudged(recipe: Recipe, score: GenerationScore, step: int) -> None:
     for name in sorted(_list_selecting(recipe)):
         if name in score.num_judged_by and name not in score.metrics:
             raise DataError(
-                f"`{name}` judged none of the {score.num_rows} answers to the validation rows at"
-                f" step {step}, but it selects the best checkpoint or stops training",
+                f"`{name}` judged none of the {format_count(score.num_rows, 'answer')} to the"
+                f" validation rows at step {step}, but it selects the best checkpoint or stops"
+                " training",
                 hint="let it return a number for every answer, or use another metric",
             )
 

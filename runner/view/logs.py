@@ -13,18 +13,20 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from runner.errors import CorruptFileError, RunnerError, put_in_words
+from runner.errors import CorruptFileError, RunnerError, escape_controls, put_in_words
 from runner.files import open_plain
 from runner.launch.run_files import request_stop
 from runner.plan.decide import foresee_retry
-from runner.plan.select import Selected, select_recipes
+from runner.plan.select import Selected, UnreadableRun, require_any, select_recipes
 from runner.plan.status import describe_running
+from runner.processes import find_commands
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
+from runner.secrets import scrub
 from runner.text import format_count
 
 _LOOK_SECONDS: Final = 0.25  # between two checks of a growing log
@@ -41,7 +43,13 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
         RunnerError: there is no such run, attempt or log, or several runs and not exactly one of
             them running.
     """
-    selected = find_run(select_recipes([run], output_root, prefer="run"))
+    unreadable: list[UnreadableRun] = []
+    found = select_recipes([run], output_root, unreadable=unreadable, prefer="run")
+    require_any(found, unreadable)
+    for lost in unreadable:
+        why = escape_controls(f"{lost.full_name} is unreadable: {lost.why}")
+        print(f"warning: {why}", file=sys.stderr)
+    selected = find_run(found)
     facts = selected.read_facts()
     if not facts.attempts:
         raise RunnerError(
@@ -164,8 +172,10 @@ def _say(text: str) -> None:
 
 
 def stop_runs(selected: Sequence[Selected]) -> int:
-    """Ask every running attempt of the selected runs to stop; 1 if one could not be asked because
-    it is starting or finishing.
+    """Ask every running attempt of the selected runs to stop.
+
+    Returns 1 if one could not be asked because it is starting or finishing, or if nothing could be
+    asked and a process of this machine may be about to start runs.
     """
     asked: list[bool] = []
     idle: list[tuple[Selected, RunFacts]] = []
@@ -179,16 +189,34 @@ def stop_runs(selected: Sequence[Selected]) -> int:
     # asked.
     held_back = [_hold_back(one, read_facts(one.paths, facts.found)) for one, facts in idle]
     num_idle = len(idle) - sum(held_back)
+    starters: dict[int, str] = {}
     if num_idle:
         what = "run is not running" if num_idle == 1 else "runs are not running"
         told = f"{num_idle} {what}" if asked else f"nothing to stop: {num_idle} {what}"
         if any(not facts.has_result for _, facts in idle):
-            told += (
-                "; a sweep that is only about to start runs is not asked: press Ctrl-C in its"
-                " terminal to stop it"
-            )
-        print(told, file=sys.stderr)
-    return 0 if all(asked) else 1
+            starters = find_commands(_STARTERS)
+            told += _describe_starters(starters)
+        print(escape_controls(scrub(told)), file=sys.stderr)
+    is_any_reached = bool(asked) or any(held_back)
+    return 0 if all(asked) and (is_any_reached or not starters) else 1
+
+
+_STARTERS: Final = ("sweep", "rerun", "launch")
+
+
+def _describe_starters(commands: Mapping[int, str]) -> str:
+    """The end of the sentence about runs that are not running: what may still start them."""
+    if not commands:
+        return (
+            "; a sweep elsewhere that is only about to start runs is not asked: press Ctrl-C in"
+            " its terminal to stop it"
+        )
+    lines = [
+        f"\nwarning: process {pid} may start them, and is not asked: {command}"
+        f"\nhint: kill {pid}  # like Ctrl-C: starts nothing more, asks its running attempts to stop"
+        for pid, command in commands.items()
+    ]
+    return "".join(lines)
 
 
 def _hold_back(one: Selected, facts: RunFacts) -> bool:

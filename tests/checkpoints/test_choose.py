@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
     ),
     "newest cut": newest_damaged(
         lambda run: (run.checkpoint_dir(12) / "model.safetensors").write_bytes(b"x"),
-        "model.safetensors has 1 bytes, 3072 were committed",
+        "model.safetensors has 1 byte, 3072 were committed",
     ),
     "newest marker missing": Case(
         lambda run: marker_path(run.checkpoint_dir(12)).unlink(),

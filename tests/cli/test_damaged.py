@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runner import load_runs
 from runner.cli.main import main
 from runner.files import load_json, write_json_atomic
 from runner.recipe.contents import ContentHashes, hash_contents
@@ -407,3 +408,70 @@ def test_a_changed_run_is_not_repaired(say: Say) -> None:
     path.write_text(path.read_text().replace("seed: 3", "seed: 4"))
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
     assert code == 2 and "training.seed: 3 -> 4" in errors
+
+
+def lose(name: str, content: str | None) -> None:
+    """Remove a run's recipe.json, or cut it off, and remove the recipe that could say it."""
+    path = paths_of(name).recipe_path
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    Path(f"recipes/{name}.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    ("verb", "code"),
+    [
+        (["status", "runs"], 1),
+        (["status"], 1),
+        (["status", "runs/tests", "--json"], 1),
+        (["status", "runs/tests/hurt"], 1),
+        (["status", "runs/tests/hurt", "runs/tests/whole"], 1),
+        (["status", "hurt"], 1),
+        (["report", "runs"], 1),
+        (["power", "runs/tests", "--effect", "0.1"], 2),
+        (["check", "runs/tests", "--schema-only"], 1),
+        (["doctor", "runs/tests"], 1),
+        (["stop", "runs/tests"], 1),
+        (["logs", "runs/tests"], 2),
+        (["sweep", "runs/tests", "--dry-run"], 1),
+        (["rerun", "runs/tests", "--dry-run"], 1),
+        (["why", "runs/tests/hurt"], 2),
+        (["stop", "runs/tests/hurt"], 2),
+        (["launch", "runs/tests/hurt"], 2),
+        (["compare", "runs/tests/hurt", "runs/tests/whole"], 2),
+    ],
+)
+def test_a_run_without_a_readable_recipe_is_named(
+    verb: list[str], code: int, folder: Path, say: Say
+) -> None:
+    """No verb leaves it out in silence, and those that read several runs read the others."""
+    lose("hurt", None)
+    returned, out, err = say(*verb)
+    assert "tests/hurt" in out + err and "Traceback" not in err
+    assert returned == code, err
+    if verb[0] != "launch":  # which names what it needs
+        assert "recipe.json is missing" in out + err
+    if verb in (["status"], ["status", "runs"], ["report", "runs"]):
+        assert "whole" in out
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_stop_reaches_the_other_runs_and_python_warns(
+    content: str | None, folder: Path, say: Say
+) -> None:
+    lose("hurt", content)
+    code, _, err = say("stop", "runs/tests")
+    assert code == 1 and "warning: tests/hurt is unreadable" in err
+    assert "2 runs are not running" in err
+    with pytest.warns(UserWarning, match="tests/hurt is unreadable and left out"):
+        found = load_runs(["runs/tests"])
+    assert sorted(run.recipe.run.name for run in found) == ["old", "whole"]
+
+
+def test_folders_that_are_no_runs_are_still_none(folder: Path, say: Say) -> None:
+    """One file with such a name does not make a folder a run."""
+    lose("hurt", None)
+    paths_of("hurt").record_path.unlink()
+    shutil.rmtree(paths_of("hurt").attempts_dir, ignore_errors=True)
+    assert "hurt" not in "".join(map(str, say("status", "runs")))

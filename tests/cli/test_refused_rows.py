@@ -94,7 +94,7 @@ COLUMNS: Final = [
     ),
     Case(
         [{"context": "a", "question": "b", "answers": {"text": ["c"]}, "is_impossible": True}],
-        ("line 1: column `is_impossible` is true, but `answers` holds 1 answers",),
+        ("line 1: column `is_impossible` is true, but `answers` holds 1 answer",),
         "{name: squad_v2, prompt: '{context} {question}'}",
     ),
 ]

@@ -49,7 +49,7 @@ def test_what_a_task_leaves_out_is_counted_and_said(tmp_path: Path, tokenizer: A
     assert described["left_out_by_task"] == {"train": expected}
     assert (described["num_duplicates"], described["num_left_out_by_group"]) == (0, 0)
     with pytest.raises(
-        DataError, match=r"3 different rows are left[\s\S]*left out: train: 1 messages in another"
+        DataError, match=r"3 different rows are left[\s\S]*left out: train: 1 message in another"
     ):
         draw_splits(data.model_copy(update={"num_train_samples": 4}))
 

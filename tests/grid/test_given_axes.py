@@ -131,7 +131,24 @@ def test_names_are_short_and_each_value_has_one(
             ["training.per_device_train_batch_size=4,3"],
             ("size=3: a global batch of 8 is not divisible by 1 process x 3",),
         ),
-        (["quantization.method=4bit"], ("bnb_4bit_quant_type: is missing", "{% if %}")),
+        (
+            ["quantization.method=4bit"],
+            (
+                "quantization.bnb_4bit_quant_type: is missing with quantization.method=",
+                "hint: add --axis quantization.bnb_4bit_quant_type=nf4 --axis quantization.bnb_4",
+            ),
+        ),
+        (
+            ["evaluation.generation.enabled=true"],
+            (
+                "max_new_tokens: is missing with evaluation.generation.enabled=true\n",
+                "hint: add --axis evaluation.generation.max_new_tokens=64\n",
+            ),
+        ),
+        (
+            ["evaluation.generation.enabled=false,true"],
+            ("max_new_tokens: is missing with evaluation.generation.enabled=true\n", "{% if %}"),
+        ),
         (["adapter.method=none"], ("error: recipe_templates/first/recipe.yaml.j2", "{% if %}")),
         (["training.max_steps=2", "training.num_train_epochs=1"], ("cannot both be axes",)),
         (["model=1"], ("`--axis model=...`: got 1, expected a model",)),
@@ -154,3 +171,20 @@ def test_a_stock_grid_takes_no_axes(place: Path, capsys: pytest.CaptureFixture[s
     assert "--axis goes with the starter grid" in said and "edit recipe_templates/demo" in said
     assert main(["init", "study", "--model", "phi-2", "--axis", "model=phi-2"]) == 2
     assert "mean the same" in capsys.readouterr().err and not list(place.iterdir())
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "evaluation.generation.enabled=true",
+        "early_stopping.enabled=true",
+        "quantization.method=4bit",
+    ],
+)
+def test_the_keys_that_a_value_needs_can_be_pasted(
+    axis: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init(axis) == 2
+    added = capsys.readouterr().err.partition("hint: add ")[2].split()
+    assert added and init(axis, *added[1::2]) == 0
+    render()

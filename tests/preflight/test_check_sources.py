@@ -126,7 +126,7 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "a folder without rows": (
         "train: {path: empty}",
-        ("the folder empty holds no .jsonl", "1 files that hold no rows: notes.txt"),
+        ("the folder empty holds no .jsonl", "1 file that holds no rows: notes.txt"),
     ),
     "no split in any name": (
         "train: {path: parts/other, split: test}",

@@ -167,7 +167,7 @@ def test_a_folder_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path, "README.md", ".rows.jsonl")
     message = refusal(tmp_path)
     assert "holds no .jsonl, .json, .csv" in message
-    assert "1 hidden files: .rows.jsonl" in message and "README.md" in message
+    assert "1 hidden file: .rows.jsonl" in message and "README.md" in message
 
 
 @pytest.mark.parametrize(

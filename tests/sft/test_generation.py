@@ -285,7 +285,7 @@ def test_a_metric_that_chooses_must_judge_something(project: Project) -> None:
     judged = [Answer("a", "x", (), True, Judgement(), {"long": 1.0, "none": 2.0})]
     refuse_unjudged(recipe, score_answers(TASK, judged), 4)
     unjudged = [Answer("a", "x", (), True, Judgement(), {"long": 1.0, "none": None})]
-    with pytest.raises(DataError, match=r"`none` judged none of the 1 answers .* at step 4"):
+    with pytest.raises(DataError, match=r"`none` judged none of the 1 answer .* at step 4"):
         refuse_unjudged(recipe, score_answers(TASK, unjudged), 4)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+
 import pytest
 
 from runner.cli.main import main
@@ -61,13 +65,33 @@ def test_nothing_to_stop_is_said_and_nothing_is_written(
     before = fake.tree()
     assert main(["stop", "recipes/toy"]) == 0
     assert (
-        "nothing to stop: 2 runs are not running; a sweep that is only about to start runs is not"
-        " asked: press Ctrl-C in its terminal to stop it\n"
+        "nothing to stop: 2 runs are not running; a sweep elsewhere that is only about to start"
+        " runs is not asked: press Ctrl-C in its terminal to stop it\n"
     ) in capsys.readouterr().err
     assert main(["stop", "recipes/toy/a.yaml"]) == 0
     assert capsys.readouterr().err == "nothing to stop: 1 run is not running\n", "it is done"
     assert fake.tree() == before
     assert main(["stop", "recipes/nowhere"]) == 2
+
+
+def test_a_sweep_that_still_imports_is_named_with_the_command_that_stops_it(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    sweep = fake.start("sweep", "recipes/toy")
+    sweep.send_signal(signal.SIGSTOP)  # before its first import
+    assert main(["stop", "recipes/toy"]) == 1
+    said = capsys.readouterr().err
+    assert "nothing to stop: 1 run is not running\n" in said
+    shown = "may start them, and is not asked: runner sweep recipes/toy\n"
+    assert f"process {sweep.pid} {shown}" in said
+    hint = re.search(r"hint: kill (\d+)  #", said)
+    assert hint is not None
+    os.kill(int(hint[1]), signal.SIGTERM)
+    sweep.send_signal(signal.SIGCONT)
+    assert finish(sweep)[0] != 0
+    assert fake.started() == []
+    assert main(["stop", "recipes/toy"]) == 0, "no process is left that could start it"
 
 
 def test_what_is_only_just_being_started_is_not_asked_in_vain(

@@ -25,6 +25,7 @@ from runner.data.tasks.base import (
 from runner.data.tasks.prompts import PromptTask
 from runner.errors import DataError
 from runner.strict import Text
+from runner.text import format_count
 
 
 class SquadV2Task(PromptTask):
@@ -129,7 +130,7 @@ def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if is_impossible is not None and is_impossible is not (not texts):
         raise DataError(
             f"{where}: column `is_impossible` is {json.dumps(is_impossible)}, but `answers` holds"
-            f" {len(texts)} answers",
+            f" {format_count(len(texts), 'answer')}",
             hint="remove answers to impossible questions, or set `data.ignore: [is_impossible]`",
         )
     for text in texts:
