@@ -205,6 +205,32 @@ def render_grid(templates_root: Path, grid: str, *, base_seconds: int = 10) -> R
     return RenderedGrid(grid, texts, summary)
 
 
+def word_unrendered(templates_root: Path, grid: str, paths: Sequence[Path]) -> str | None:
+    """A note on the recipes among `paths` that the template now renders differently; None without
+    any.
+    """
+    try:
+        rendered = render_grid(templates_root, grid)
+    except RunnerError:
+        return (
+            f"{templates_root / grid} changed after rendering and can no longer be rendered:"
+            f" `runner render {grid}` shows why; these recipes are the old ones"
+        )
+    drift = compare(rendered, paths[0].parent)
+    differing = {*drift.changed, *drift.stale} - {*drift.edited}
+    outdated = sum(path.stem in differing for path in paths)
+    found = [f"{outdated} of {format_count(len(paths), 'recipe')} would differ"] if outdated else []
+    is_whole_grid = len(paths) == len(list(paths[0].parent.glob("*.yaml")))
+    if drift.missing and is_whole_grid:
+        found.append(f"{format_count(len(drift.missing), 'recipe')} would be new")
+    if not found:
+        return None
+    return (
+        f"{templates_root / grid} changed after rendering: {' and '.join(found)};"
+        f" `runner render {grid}` updates them"
+    )
+
+
 def _render_cells(spec: GridSpec, templates_root: Path, grid: str) -> tuple[Mapping[str, str], str]:
     """The texts and the summary of a grid; its templates may come from anybody."""
     keys = derive_keys(spec, grid)
