@@ -359,12 +359,12 @@ def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
             f"{other}={'|'.join(map(show_label, labels))}" for other, labels in axis.when.items()
         )
         axes.append(f"{name} ({len(axis.values)}{' where ' + where if where else ''})")
-    rows = [f"{grid}", f"  {keys.num_cells:>5} cells     {' x '.join(axes)}"]
+    rows = [f"{grid}", f"  {keys.num_cells:>5} combinations  {' x '.join(axes)}"]
     for rule, count in zip(spec.exclude, keys.num_excluded, strict=True):
         when = ", ".join(
             f"{name}={'|'.join(map(show_label, labels))}" for name, labels in rule.when.items()
         )
-        rows.append(f"  {f'-{count}':>5} excluded  {when}: {rule.why}")
+        rows.append(f"  {f'-{count}':>5} excluded      {when}: {rule.why}")
     if keys.num_included:
         rows.append(f"  {f'+{keys.num_included}':>5} included")
     return "\n".join([*rows, f"  {len(keys.keys):>5} recipes"])
