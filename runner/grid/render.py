@@ -217,17 +217,23 @@ def word_unrendered(templates_root: Path, grid: str, paths: Sequence[Path]) -> s
             f" `runner render {grid}` shows why; these recipes are the old ones"
         )
     drift = compare(rendered, paths[0].parent)
-    differing = {*drift.changed, *drift.stale} - {*drift.edited}
-    outdated = sum(path.stem in differing for path in paths)
-    found = [f"{outdated} of {format_count(len(paths), 'recipe')} would differ"] if outdated else []
+    names = {path.stem for path in paths} - {*drift.edited}
+    differing = len(names & {*drift.changed})
+    stale = len(names & {*drift.stale})
     is_whole_grid = len(paths) == len(list(paths[0].parent.glob("*.yaml")))
+    found = []
+    if differing:
+        found.append(f"{differing} of {format_count(len(paths), 'recipe')} would differ")
+    if stale:
+        found.append(f"{format_count(stale, 'recipe')} would be stale")
     if drift.missing and is_whole_grid:
         found.append(f"{format_count(len(drift.missing), 'recipe')} would be new")
     if not found:
         return None
+    prune = " --prune" if stale else ""
     return (
-        f"{templates_root / grid} changed after rendering: {' and '.join(found)};"
-        f" `runner render {grid}` updates them"
+        f"{templates_root / grid} changed after rendering: {', '.join(found)};"
+        f" `runner render {grid}{prune}` updates them"
     )
 
 

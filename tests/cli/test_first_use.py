@@ -177,9 +177,17 @@ def test_a_template_that_changed_after_rendering_is_noted(
     changed = text.replace("training:\n", "training:\n  weight_decay: 0.25\n")
     assert changed != text
     assert "8 of 8 recipes would differ; `runner render toy` updates them" in note(changed)
+    grid = root / "recipe_templates" / "toy" / "grid.yaml"
+    cells = grid.read_text()
+    grid.write_text(cells.replace("[60, 180]", "[60, 170]"))
+    assert grid.read_text() != cells
+    assert "4 recipes would be stale, 4 recipes would be new; `runner render toy --prune`" in note(
+        text
+    )
+    grid.write_text(cells)
     assert "can no longer be rendered" in note("{{ nobody }}")
     template.unlink()  # recipes without a template are the user's own
-    (root / "recipe_templates" / "toy" / "grid.yaml").unlink()
+    grid.unlink()
     assert main(check) == 0 and capsys.readouterr().err == ""
 
 
