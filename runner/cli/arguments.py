@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runner import __version__
 from runner.cli.engines import add_engine_options
 from runner.cli.recipe import add_recipe_verb
 from runner.cli.shared_arguments import VerbParser, add_output_root, add_overrides, add_paths
@@ -23,6 +24,12 @@ def build_parser() -> VerbParser:
         ),
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"recipe-runner {__version__}",
+        help="show the version",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_project_verbs(verbs)
     add_recipe_verb(verbs)

@@ -19,6 +19,7 @@ from runner.cli.pushes import PushPlan
 from runner.cli.reading import (
     note_edited,
     note_idle_overrides,
+    note_unrendered,
     select,
     select_readable,
     warn_of_moved_names,
@@ -121,6 +122,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     note_idle_overrides(selected)
     recipes = [one.recipe for one in selected]
     note_edited(selected)
+    note_unrendered(selected)
     if arguments.allow_code:
         stream = sys.stderr if arguments.json else sys.stdout
         for file in allow_code(recipes, arguments.output_root):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
-from runner.cli.reading import note_edited, note_idle_overrides
+from runner.cli.reading import note_edited, note_idle_overrides, note_unrendered
 from runner.engines.local import note_how_to_start
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import is_plain
@@ -56,6 +56,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     note_edited([selected])
+    note_unrendered([selected])
     recipe, paths = selected.recipe, selected.paths
     allow = suggest_allowing(
         [str(arguments.recipe)], arguments.output_root, overrides=arguments.overrides

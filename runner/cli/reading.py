@@ -8,10 +8,12 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from runner.errors import CorruptFileError, escape_controls
-from runner.plan.names import Prefer
+from runner.plan.names import RECIPES_DIR, Prefer
 from runner.plan.select import Selected, UnreadableRun, require_any, select_recipes
+from runner.project_folder import TEMPLATES
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents
 from runner.run.allowed_code import spell_command
@@ -78,6 +80,33 @@ def note_edited(selected: Sequence[Selected]) -> None:
 
     if edited := word_edited([one.source_path for one in selected]):
         print(escape_controls(f"note: {edited}"), file=sys.stderr)
+
+
+def note_unrendered(selected: Sequence[Selected]) -> None:
+    """Print a note to stderr about recipes that their template now renders differently.
+
+    A grid is rendered for this only if its template is newer than a recipe.
+    """
+    by_grid: dict[str, list[Path]] = {}
+    for one in selected:
+        path = one.source_path
+        if path.parent.parent == RECIPES_DIR and path.is_file():
+            by_grid.setdefault(path.parent.name, []).append(path)
+    for grid, paths in by_grid.items():
+        if _is_newer(grid, min(path.stat().st_mtime_ns for path in paths)):
+            from runner.grid.render import word_unrendered
+
+            if outdated := word_unrendered(Path(TEMPLATES), grid, paths):
+                print(escape_controls(f"note: {outdated}"), file=sys.stderr)
+
+
+def _is_newer(grid: str, than_ns: int) -> bool:
+    """True if a file of the grid's template or a model card changed after a time."""
+    folders = (Path(TEMPLATES) / grid, Path(TEMPLATES) / "models")
+    if not (folders[0] / "grid.yaml").is_file():
+        return False
+    files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    return any(path.stat().st_mtime_ns > than_ns for path in files)
 
 
 def note_idle_overrides(selected: Sequence[Selected]) -> None:

@@ -24,7 +24,7 @@ from runner.cli.changed import (
 )
 from runner.cli.engines import load_engines
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
-from runner.cli.reading import note_edited, note_idle_overrides
+from runner.cli.reading import note_edited, note_idle_overrides, note_unrendered
 from runner.errors import RefusedError
 from runner.launch.placement import PlanRuns, RequireRuns
 from runner.launch.pool import STOPPED
@@ -70,6 +70,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
             print(shlex.join(words) if one.overrides else words[0])
         return 0
     note_edited(selected)
+    note_unrendered(selected)
     engine = load_engines()[arguments.engine]
     if arguments.yes and not arguments.fresh:
         raise RefusedError("`--yes` answers the question of `--fresh`; it needs `--fresh`")

@@ -192,7 +192,7 @@ class ChatTemplate:
             f"the chat template refuses a conversation with the roles {roles}: {error}",
             hint=(
                 "change the roles in the data (a system text can open the first user turn),"
-                " or change the chat template"
+                " or name another template in `model.chat_template`"
             ),
         )
 

@@ -4,6 +4,7 @@ three also compressed. Nothing here knows the meaning of columns, or which files
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -19,6 +20,7 @@ from runner.recipe.data_files import ACCEPTED, COMPRESSIONS, name_format
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 # For any locale; spreadsheets write a byte order mark at the start of a file.
 _ENCODING: Final = "utf-8-sig"
+_UTF_16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python's own limit, 131,072, is less than a long document.
 _MAX_FIELD_CHARACTERS: Final = 2**31 - 1
 # Texts shrink to a third or a tenth, a file of one repeated row to less than a hundredth. A large
@@ -41,14 +43,14 @@ def load_file(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
         yield from _load(path, aside)
     except UnicodeDecodeError as error:
         suffix = Path(path).suffix
-        command = f"iconv -f cp1252 -t utf-8 {shlex.quote(str(path))} > NEW{suffix}"
+        with path.open("rb") as stream:
+            is_utf_16 = stream.read(2) in _UTF_16_MARKS
+        encoding = "utf-16" if is_utf_16 else "cp1252"
+        command = f"iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > NEW{suffix}"
+        convert = "convert it: " if is_utf_16 else "convert it; from a Western European encoding: "
         raise DataError(
             f"{path}: is not UTF-8 text ({error})",
-            hint=(
-                "convert its text to UTF-8"
-                if suffix in COMPRESSIONS
-                else f"convert it; from a Western European encoding: {command}"
-            ),
+            hint="convert its text to UTF-8" if suffix in COMPRESSIONS else f"{convert}{command}",
         ) from None
 
 
@@ -66,7 +68,30 @@ def _load(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
         case ".arrow":
             yield from _load_arrow(path)
         case _:
-            raise DataError(f"{path}: cannot tell the format, expected one of {ACCEPTED}")
+            raise DataError(
+                f"{path}: cannot tell the format, expected one of {ACCEPTED}",
+                hint=_suggest_format(path),
+            )
+
+
+def _suggest_format(path: Path) -> str | None:
+    """A hint for a table in another format; None for other files."""
+    match path.suffix.lower():
+        case ".tsv" | ".tab":
+            command = _spell_with_commas(path, "\t")
+            return f"write the file with commas: {command}"
+        case ".xlsx" | ".xls" | ".ods":
+            return "save the sheet as CSV, in UTF-8 and with commas"
+        case _:
+            return None
+
+
+def _spell_with_commas(path: Path, separator: str) -> str:
+    """A command that writes a table with another separator as CSV."""
+    return (
+        'python -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin,'
+        f' delimiter={separator!r}))" < {shlex.quote(str(path))} > NEW.csv'
+    )
 
 
 class _Unpacked(io.RawIOBase):
@@ -270,11 +295,7 @@ def _refuse_other_separator(header: list[str], path: Path) -> None:
         if len(header) == 1 and separator in header[0]:
             raise DataError(
                 f"{path}: the header has {name} between its names, expected commas",
-                hint=(
-                    f'write the file with commas: python -c "import csv, sys;'
-                    f" csv.writer(sys.stdout).writerows(csv.reader(sys.stdin,"
-                    f' delimiter={separator!r}))" < {path} > NEW.csv'
-                ),
+                hint=f"write the file with commas: {_spell_with_commas(path, separator)}",
             )
 
 

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def _measure_files(model_dir: Path) -> dict[str, int]:
 def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid: int) -> None:
     """Body of a child process: train, save, and write the manifest last."""
     die_with_parent(parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
     from runner.demo.weights import train_base_model
 
     manifest: dict[str, Any] = {"builder_digest": builder_digest(family, plan), "family": family}
@@ -117,32 +119,38 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
     context = multiprocessing.get_context("spawn")
     started = time.monotonic()
     children = {}
-    for family in families:
-        built_dir = _make_folder(output_dir, f".building-{family}-")
-        child = context.Process(
-            target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family
-        )
-        child.start()
-        children[child.sentinel] = (child, built_dir)
     failed = []
-    while children:
-        for sentinel in wait(list(children)):
-            assert isinstance(sentinel, int)
-            child, built_dir = children.pop(sentinel)
-            child.join()
-            manifest = load_manifest(built_dir)
-            if child.exitcode or not manifest:
-                failed.append(child.name)
-                continue
-            _put_in_place(built_dir, output_dir / child.name)
-            seconds = time.monotonic() - started
-            print(
-                f"{child.name}: built, {manifest['num_parameters'] / 1e6:.1f}M parameters,"
-                f" loss {manifest['first_loss']:.2f} ->"
-                f" {manifest['last_loss']:.2f}, {seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
+    try:
+        for family in families:
+            built_dir = _make_folder(output_dir, f".building-{family}-")
+            child = context.Process(
+                target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family
             )
+            child.start()
+            children[child.sentinel] = (child, built_dir)
+        while children:
+            for sentinel in wait(list(children)):
+                assert isinstance(sentinel, int)
+                child, built_dir = children.pop(sentinel)
+                child.join()
+                manifest = load_manifest(built_dir)
+                if child.exitcode or not manifest:
+                    failed.append(child.name)
+                    continue
+                _put_in_place(built_dir, output_dir / child.name)
+                seconds = time.monotonic() - started
+                print(
+                    f"{child.name}: built, {manifest['num_parameters'] / 1e6:.1f}M parameters,"
+                    f" loss {manifest['first_loss']:.2f} ->"
+                    f" {manifest['last_loss']:.2f}, {seconds:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    finally:
+        for child, built_dir in children.values():  # some are left only after Ctrl-C or an error
+            child.kill()
+            child.join()
+            shutil.rmtree(built_dir, ignore_errors=True)
     if failed:
         raise RuntimeError(
             f"the base models {', '.join(failed)} were not built; their errors are above"

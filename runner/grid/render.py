@@ -205,6 +205,38 @@ def render_grid(templates_root: Path, grid: str, *, base_seconds: int = 10) -> R
     return RenderedGrid(grid, texts, summary)
 
 
+def word_unrendered(templates_root: Path, grid: str, paths: Sequence[Path]) -> str | None:
+    """A note on the recipes among `paths` that the template now renders differently; None without
+    any.
+    """
+    try:
+        rendered = render_grid(templates_root, grid)
+    except RunnerError:
+        return (
+            f"{templates_root / grid} changed after rendering and can no longer be rendered:"
+            f" `runner render {grid}` shows why; these recipes are the old ones"
+        )
+    drift = compare(rendered, paths[0].parent)
+    names = {path.stem for path in paths} - {*drift.edited}
+    differing = len(names & {*drift.changed})
+    stale = len(names & {*drift.stale})
+    is_whole_grid = len(paths) == len(list(paths[0].parent.glob("*.yaml")))
+    found = []
+    if differing:
+        found.append(f"{differing} of {format_count(len(paths), 'recipe')} would differ")
+    if stale:
+        found.append(f"{format_count(stale, 'recipe')} would be stale")
+    if drift.missing and is_whole_grid:
+        found.append(f"{format_count(len(drift.missing), 'recipe')} would be new")
+    if not found:
+        return None
+    prune = " --prune" if stale else ""
+    return (
+        f"{templates_root / grid} changed after rendering: {', '.join(found)};"
+        f" `runner render {grid}{prune}` updates them"
+    )
+
+
 def _render_cells(spec: GridSpec, templates_root: Path, grid: str) -> tuple[Mapping[str, str], str]:
     """The texts and the summary of a grid; its templates may come from anybody."""
     keys = derive_keys(spec, grid)
@@ -333,13 +365,13 @@ def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
             f"{other}={'|'.join(map(show_label, labels))}" for other, labels in axis.when.items()
         )
         axes.append(f"{name} ({len(axis.values)}{' where ' + where if where else ''})")
-    cells = f"{'cell' if keys.num_cells == 1 else 'cells':<8}"
-    rows = [f"{grid}", f"  {keys.num_cells:>5} {cells}  {' x '.join(axes)}"]
+    combinations = f"{'combination' if keys.num_cells == 1 else 'combinations':<12}"
+    rows = [f"{grid}", f"  {keys.num_cells:>5} {combinations}  {' x '.join(axes)}"]
     for rule, count in zip(spec.exclude, keys.num_excluded, strict=True):
         when = ", ".join(
             f"{name}={'|'.join(map(show_label, labels))}" for name, labels in rule.when.items()
         )
-        rows.append(f"  {f'-{count}':>5} excluded  {when}: {rule.why}")
+        rows.append(f"  {f'-{count}':>5} excluded      {when}: {rule.why}")
     if keys.num_included:
         rows.append(f"  {f'+{keys.num_included}':>5} included")
     recipes = "recipe" if len(keys.keys) == 1 else "recipes"

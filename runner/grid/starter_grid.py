@@ -30,6 +30,7 @@ from runner.project_folder import TEMPLATES
 
 _NUM_EVALUATIONS: Final = 6
 _MIN_SEEDS: Final = 3
+_FEW_SEEDS: Final = "one allows no verdict, two find only very large differences"
 _QUESTION: Final = (
     "Does training only on the assistant's words beat training on every token, and how much do"
     " more rows help?"
@@ -169,8 +170,8 @@ def _word_question(grid: StarterGrid) -> str:
 def _word_seeds(num_seeds: int) -> str:
     if num_seeds >= _MIN_SEEDS:
         times = {3: "three times", 5: "five times"}.get(num_seeds, f"{num_seeds} times")
-        return f"each cell is trained {times}: fewer than {_MIN_SEEDS} runs allow no verdict"
-    return f"fewer than {_MIN_SEEDS} runs of a cell allow no verdict"
+        return f"each cell is trained {times}: {_FEW_SEEDS}"
+    return f"runs of each cell: {_FEW_SEEDS}"
 
 
 def _write_axes(template: str, axes: Sequence[GivenAxis]) -> str:

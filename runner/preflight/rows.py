@@ -54,6 +54,8 @@ class RowFacts:
     ends: tuple[str | None, ...]  # the special tokens that end completions; None: plain text
     begins_with_bos: bool
     ids_hash: bytes
+    prompt_hash: bytes  # of the ids before the last completion
+    answers_hash: bytes  # of the ids of all completions
     whole_hash: bytes  # of the ids before truncation
     mask_hashes: dict[str, bytes]  # per loss
 
@@ -178,6 +180,12 @@ class TokenizerFacts:
         cut = find_cut(fitted)
         labels = {loss: row.labels(loss) if row else [] for loss in LOSSES}
         masks = {loss: [label >= 0 for label in labels[loss]] for loss in LOSSES}
+        prompt: Sequence[int] = ()
+        answers: list[int] = []
+        if row and row.spans:
+            prompt = row.input_ids[: row.spans[-1].start]
+            for span in row.spans:
+                answers += row.input_ids[span.start : span.end]
         return RowFacts(
             where=raw.where,
             group=raw.group,
@@ -201,6 +209,8 @@ class TokenizerFacts:
             ends=tuple(self._find_ends(row)) if row else (),
             begins_with_bos=masked.input_ids[0] == self._bos_id,
             ids_hash=_hash_numbers(row.input_ids if row else masked.input_ids),
+            prompt_hash=_hash_numbers(prompt),
+            answers_hash=_hash_numbers(answers),
             whole_hash=_hash_numbers(fitted.whole_ids),
             mask_hashes={loss: _hash_numbers(mask) for loss, mask in masks.items()},
         )
@@ -337,6 +347,7 @@ def _find_text_doubts(
             f"{path}: {_count_rows(num_same, '', 'has', 'have')} the same tokens as a row of"
             " another split after being cut to `data.max_length` or split into turns"
         )
+    yield from _find_repeated_texts(facts)
     for split, one in splits.items():
         if one.num_dropped:
             is_or_are = "is" if one.num_dropped == 1 else "are"
@@ -366,6 +377,33 @@ def _find_text_doubts(
             yield (
                 f"{path}: {holding} text that the tokenizer reads as a special token,"
                 f" the first is {first}"
+            )
+
+
+def _find_repeated_texts(facts: Mapping[str, Sequence[RowFacts]]) -> Iterator[str]:
+    """Warnings about answers that are all equal, and about prompts that are in two splits."""
+    train = [row for row in facts.get("train", ()) if row.is_used]
+    if len(train) > 1 and len({row.answers_hash for row in train}) == 1:
+        yield (
+            f"all {len(train)} train rows have the same answer, the first is {train[0].where};"
+            " is it the column of the answers?"
+        )
+    whole = {row.ids_hash for row in train}
+    prompts = {row.prompt_hash for row in train}
+    for split, rows in facts.items():
+        shared = [
+            row
+            for row in rows
+            if split != "train"
+            and row.is_used
+            and row.prompt_hash in prompts
+            and row.ids_hash not in whole
+        ]
+        if shared:
+            sharing = _count_rows(len(shared), split, "has", "have")
+            yield (
+                f"{sharing} the prompt of a train row and another answer, the first is"
+                f" {shared[0].where}; `data.group_column` can keep such rows in one split"
             )
 
 

@@ -81,7 +81,7 @@ def _draw_forest(
     left_out: int,
 ) -> Drawing:
     groups = list(dict.fromkeys(id(effects) for effects, _ in lines))
-    height = 0.9 + 0.24 * (len(lines) + len(groups))
+    height = 1.05 + 0.24 * (len(lines) + len(groups))
     with drawing_figure(FIGURE_WIDTH, height) as figure:
         axes = figure.subplots()
         at, ticks, texts = 0, [], []
@@ -105,7 +105,7 @@ def _draw_forest(
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         better = "left" if metric.mode == "min" else "right"
-        axes.set_xlabel(f"difference in {label(metric.unit)}; {better} of 0 the second is better")
+        axes.set_xlabel(f"difference in {label(metric.unit)}\n{better} of 0 the second is better")
         axes.use_sticky_edges = False  # the ends of the bands do not limit the axis
         axes.margins(x=0.06)
         axes.autoscale_view(scaley=False)

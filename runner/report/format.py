@@ -378,7 +378,8 @@ def _describe_cells(report: Report) -> Iterator[str]:
     )
     if missing := [text for cell in cells for text in cell.missing]:
         yield wrap(f"Runs without a score: {name_some(missing, '; ', MAX_MISSING)}.")
-    yield wrap(describe_base(report.rows))
+    if any(row.state == "completed" for row in report.rows):
+        yield wrap(describe_base(report.rows))
 
 
 def _build_key_columns(cells: Sequence[Cell], report: Report) -> list[Column]:

@@ -1,11 +1,15 @@
-"""Completion as bash asks for it: with the function that `register-python-argcomplete` writes."""
+"""Completion as shells ask for it: with the function that `register-python-argcomplete` writes."""
 
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +81,51 @@ def ask(line: str) -> list[str]:
 )
 def test_words_that_bash_offers(project: Path, line: str, offered: list[str]) -> None:
     assert ask(line) == offered
+
+
+def read_documented(shell: str) -> str:
+    """The lines of docs/installation.md for the start-up file of a shell."""
+    page = (ROOT / "docs/installation.md").read_text()
+    [block] = [one for one in page.split("```bash\n") if f"# {shell} (" in one]
+    lines = block.partition("```")[0].splitlines()
+    return "\n".join(line for line in lines if shell == "zsh" or f"# {shell} (" in line)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_offers_words_as_documented(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(project))
+    script = read_documented("fish") + "\ncomplete --do-complete 'runner why gemma_l'"
+    shown = subprocess.run(
+        ["fish", "--no-config", "-c", script], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.split() == ["gemma_long"], shown.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_offers_words_as_documented(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real Tab on a terminal: zsh completes only there."""
+    monkeypatch.setenv("HOME", str(project))
+    monkeypatch.setenv("ZDOTDIR", str(project))
+    monkeypatch.setenv("TERM", "dumb")
+    (project / ".zshrc").write_text("unsetopt zle_bracketed_paste\n" + read_documented("zsh"))
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvp("zsh", ["zsh", "-d", "-i"])
+    shown = b""
+    try:
+        os.write(terminal, b"echo rea''dy\n")
+        for typed, expected in ((b"runner why gemma_l\t", b"ready"), (b"", b"gemma_long")):
+            deadline = time.monotonic() + 60
+            while expected not in shown.replace(b"\r", b""):
+                assert time.monotonic() < deadline, shown
+                if select.select([terminal], [], [], 1)[0]:
+                    shown += os.read(terminal, 4096)
+            os.write(terminal, typed)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+    assert b"not found" not in shown, shown
 
 
 def test_runs_of_another_output_root_are_offered(project: Path) -> None:

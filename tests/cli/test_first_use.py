@@ -5,9 +5,11 @@ before anything is started or moved.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,41 @@ def test_every_verb_that_reads_recipes_tells_which_were_edited(
     path.write_text(seal("toy", body) + "# mine\n")
     assert main([*verb, "recipes/toy/a.yaml"]) == 0
     assert "note: edited after rendering: recipes/toy/a.yaml" in capsys.readouterr().err
+
+
+def test_a_template_that_changed_after_rendering_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = build_toy(tmp_path)()
+    monkeypatch.chdir(root)
+    check = ["check", "--schema-only", "recipes/toy"]
+    template = root / "recipe_templates" / "toy" / "recipe.yaml.j2"
+    assert main(["render", "toy"]) == 0
+    text = template.read_text()
+    later = time.time() + 10
+
+    def note(content: str) -> str:
+        template.write_text(content)
+        os.utime(template, (later, later))
+        assert main(check) == 0
+        return capsys.readouterr().err
+
+    assert note(text + "\n{# no recipe shows this #}") == ""
+    changed = text.replace("training:\n", "training:\n  weight_decay: 0.25\n")
+    assert changed != text
+    assert "8 of 8 recipes would differ; `runner render toy` updates them" in note(changed)
+    grid = root / "recipe_templates" / "toy" / "grid.yaml"
+    cells = grid.read_text()
+    grid.write_text(cells.replace("[60, 180]", "[60, 170]"))
+    assert grid.read_text() != cells
+    assert "4 recipes would be stale, 4 recipes would be new; `runner render toy --prune`" in note(
+        text
+    )
+    grid.write_text(cells)
+    assert "can no longer be rendered" in note("{{ nobody }}")
+    template.unlink()  # recipes without a template are the user's own
+    grid.unlink()
+    assert main(check) == 0 and capsys.readouterr().err == ""
 
 
 def test_rerun_counts_what_was_never_started(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import runner
 from runner.cli.commands import VERBS
 from runner.cli.main import main
 from runner.files import write_json_atomic
@@ -357,3 +358,10 @@ def test_status_says_what_to_do_once_for_each_kind(
         "hint: lost: it was killed from outside" in shown.err and len(shown.err.splitlines()) == 2
     )
     assert "; `runner rerun runs/toy/c` resumes from the newest checkpoint" in shown.err
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"recipe-runner {runner.__version__}\n"

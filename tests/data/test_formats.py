@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -247,3 +248,32 @@ def test_another_encoding_is_refused_with_a_way_to_convert_it(
     with pytest.raises(DataError) as caught:
         list(load_file(path, {}))
     assert caught.value.hint is not None and caught.value.hint.endswith(hint.format(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_converted_from_utf_16(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\ufeff".encode(encoding) * (encoding != "utf-16") + "q,a\n".encode(encoding))
+    with pytest.raises(DataError) as caught:
+        list(load_file(path, {}))
+    assert caught.value.hint == f"convert it: iconv -f utf-16 -t utf-8 {path} > NEW.csv"
+
+
+def test_a_command_that_is_suggested_for_a_table_with_tabs_writes_csv(tmp_path: Path) -> None:
+    path = tmp_path / "my rows.tsv"
+    path.write_text('prompt\tcompletion\n"What,\nnow?"\tYes.\n')
+    with pytest.raises(DataError, match="cannot tell the format") as caught:
+        list(load_file(path, {}))
+    assert caught.value.hint is not None
+    command = caught.value.hint.removeprefix("write the file with commas: ")
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    [(_, row)] = load_file(tmp_path / "NEW.csv", {})
+    assert row == {"prompt": "What,\nnow?", "completion": "Yes."}
+
+
+def test_a_spreadsheet_is_refused_with_a_way_to_save_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.xlsx"
+    path.write_bytes(b"PK")
+    with pytest.raises(DataError, match="cannot tell the format") as caught:
+        list(load_file(path, {}))
+    assert caught.value.hint == "save the sheet as CSV, in UTF-8 and with commas"

@@ -142,6 +142,24 @@ def test_kill_leaves_no_model_and_the_next_build_is_whole(demo_dir: Path, tmp_pa
     assert _contents(tmp_path / "llama") == _contents(demo_dir / "llama")
 
 
+def test_ctrl_c_ends_the_builders_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    builder = subprocess.Popen(
+        [sys.executable, "-m", "runner", "demo-models", "--output", str(tmp_path)],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".building-llama-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(builder.pid, signal.SIGINT)
+    said = builder.communicate(timeout=60)[1]
+    assert builder.returncode == 130 and "stopped" in said.splitlines()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 @pytest.mark.slow
 def test_failed_build_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no-such-family"):

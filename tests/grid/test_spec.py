@@ -64,9 +64,9 @@ exclude:
     )
     assert all(key.axes["loss"] == "completion" for key in keys.keys)
     summary = render_grid(root / "recipe_templates", "toy").summary
-    assert "8 cells     model (2) x loss (2) x num_train_samples (2)" in summary
-    assert "-2 excluded  model=phi, loss=full: phi forgets" in summary
-    assert "-2 excluded  num_train_samples=180|60, loss=full: all of full" in summary
+    assert "8 combinations  model (2) x loss (2) x num_train_samples (2)" in summary
+    assert "-2 excluded      model=phi, loss=full: phi forgets" in summary
+    assert "-2 excluded      num_train_samples=180|60, loss=full: all of full" in summary
     assert "4 recipes" in summary
 
 

@@ -210,6 +210,34 @@ def test_doubts_about_tokens_are_raised(here: Project) -> None:
     )
 
 
+def test_equal_answers_and_prompts_in_two_splits_are_warned_of(here: Project) -> None:
+    def write(name: str, rows: list[tuple[str, str]]) -> None:
+        lines = []
+        for texts in rows:
+            turns = zip(("user", "assistant"), texts, strict=True)
+            messages = [{"role": role, "content": text} for role, text in turns]
+            lines.append(json.dumps({"messages": messages}))
+        (here.root / name).write_text("\n".join(lines))
+
+    write("same.jsonl", [(f"Say {n}.", "Yes.") for n in range(30)])
+    write("twice.jsonl", [(f"Say {n % 2}.", f"It is {n}.") for n in range(30)])
+    write("sound.jsonl", [(f"Say {n}.", f"It is {n}.") for n in range(30)])
+    drawn = [f"data.num_{split}_samples=4" for split in ("validation", "test")]
+    drawn.append("data.num_train_samples=20")
+    warnings = {
+        name: warnings_of(
+            check_recipes([named(here, name, f"data.train.path={name}.jsonl", *drawn)])
+        )
+        for name in ("same", "twice", "sound")
+    }
+    assert "all 20 train rows have the same answer, the first is same.jsonl" in warnings["same"]
+    assert "the prompt of a train row" not in warnings["same"]
+    assert "4 test rows have the prompt of a train row and another answer" in warnings["twice"]
+    assert "`data.group_column`" in warnings["twice"]
+    assert "same answer" not in warnings["twice"] + warnings["sound"]
+    assert "the prompt of a train row" not in warnings["sound"]
+
+
 def test_all_missing_files_and_models_are_one_summary(project: Project) -> None:
     project.add_model("gemma")
     for model in ("models/gemma", "owner/a-model", "./models/none"):

@@ -41,7 +41,7 @@ def test_effects_are_drawn_where_they_are(report: Report) -> None:
     bars = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert bars[0] == pytest.approx(shown[0].interval.bounds)  # type: ignore[union-attr]
     assert axes.get_xlabel() == (
-        "difference in nats per completion token; left of 0 the second is better"
+        "difference in nats per completion token\nleft of 0 the second is better"
     )
     texts = list_texts(drawing.as_svg())
     assert "loss: full → completion" in texts and "   at count=60" in [
