@@ -151,7 +151,7 @@ def require_step(paths: RunPaths, checkpoints: CheckpointsSection, step: int) ->
 
 
 def _build_verification(paths: RunPaths, checkpoints: CheckpointsSection) -> Verification:
-    """Unpacks next to the checkpoints, so that an archive's folder can be renamed into place."""
+    """A verification that unpacks next to the checkpoints: an archive's folder is then renamed."""
     return Verification(paths, checkpoints, paths.checkpoints_dir, IMPORTING_PREFIX)
 
 

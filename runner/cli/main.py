@@ -141,7 +141,7 @@ def _name_a_grid() -> str:
 
 
 def _tell_overrides_apart(arguments: argparse.Namespace) -> None:
-    """Moves `key=value` from the paths to the overrides, for verbs that accept several paths.
+    """Move `key=value` from the paths to the overrides, for verbs that accept several paths.
 
     Raises:
         RunnerError: a word is not an override, or the verb accepts no overrides.

@@ -270,7 +270,7 @@ def _start_anew(
     queued: Mapping[str, QueuedRun],
     stream: TextIO,
 ) -> tuple[list[str], int]:
-    """`--fresh`: moves the changed runs aside. Returns the names of those to launch, and the number
+    """`--fresh`: move the changed runs aside. Returns the names of those to launch, and the number
     of those that cannot be moved.
 
     Raises:

@@ -31,7 +31,7 @@ RequireRuns = Callable[[Sequence[Launch]], None]
 
 @dataclass(frozen=True)
 class PlanRuns:
-    """Returns the runs to launch.
+    """Chooses the runs to launch.
 
     An engine calls it once, with the runs that it has already queued, the stream on which to print
     the decisions, and its own checks of the runs to launch, which are made before any run is moved

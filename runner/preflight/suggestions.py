@@ -94,7 +94,7 @@ class _Search:
                 yield size
 
     def _switch_off_checkpointing(self) -> list[str]:
-        """Return a line about a smaller micro-batch, if the largest leaves no memory for this."""
+        """A line about a smaller micro-batch, if the largest leaves no memory for this."""
         if not self._common([one.training.gradient_checkpointing for one in self._recipes]):
             return []
         text = "gradient checkpointing off: no forward is computed twice"

@@ -74,7 +74,7 @@ class MixedSource(DataSource):
 
 
 def find_tasks() -> list[type[Task]]:
-    """Return the task that each file of `data/tasks` defines, in the order of errors."""
+    """The task that each file of `data/tasks` defines, in the order of errors."""
     found: list[type[Task]] = []
     for file in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
         for value in vars(importlib.import_module(file.name)).values():

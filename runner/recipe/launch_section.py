@@ -315,7 +315,7 @@ class TrackingSection(Section):
         return self.hub_model_id if self.hub_push == "end" else None
 
     def copy_push(self, other: TrackingSection) -> TrackingSection:
-        """Return another section with this one's repository and time of pushing."""
+        """Another section with this one's repository and time of pushing."""
         names = ("hub_model_id", "hub_private", "hub_push")
         return other.model_copy(update={name: getattr(self, name) for name in names})
 

@@ -26,7 +26,7 @@ MAX_CURVE_FIGURES: Final = 8
 
 
 def draw_curves(report: Report) -> list[Drawing]:
-    """Draws the validation metric over steps: one colour for each value of an axis, one panel for
+    """Draw the validation metric over steps: one colour for each value of an axis, one panel for
     each combination of the others.
     """
     panels: list[tuple[str, str, list[tuple[int, str, ReportRow]]]] = []
@@ -52,7 +52,7 @@ def draw_curves(report: Report) -> list[Drawing]:
 
 
 def load_curve(run: ReportRow) -> list[tuple[int, float]]:
-    """Returns steps and validation scores of the metric that selects the best step; may be empty.
+    """Steps and validation scores of the metric that selects the best step; may be empty.
 
     The base model (step 0) is left out: its score would flatten the rest of the curve.
     """
@@ -72,7 +72,7 @@ def load_curve(run: ReportRow) -> list[tuple[int, float]]:
 
 
 def name_curve_metric(run: ReportRow) -> str:
-    """Returns the metric that selected the best step of a run."""
+    """The metric that selected the best step of a run."""
     return run.recipe.checkpoints.metric
 
 

@@ -93,7 +93,7 @@ class Drawing:
         return bool(self.figure.get_figwidth() < 6)
 
     def as_svg(self) -> str:
-        """Returns the figure as an inline element of a page, with its colours as classes."""
+        """The figure as an inline element of a page, with its colours as classes."""
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -101,7 +101,7 @@ class Drawing:
         return _adapt_to_page(content.decode(), self.title, self.alternative)
 
     def as_pdf(self) -> bytes:
-        """Returns the figure as PDF, for a paper."""
+        """The figure as PDF, for a paper."""
         nothing = {
             "CreationDate": None,
             "Creator": None,
@@ -113,7 +113,7 @@ class Drawing:
         return self._print(FigureCanvasPdf(self.figure).print_pdf, nothing)
 
     def _print(self, print_figure: Callable[..., Any], metadata: Mapping[str, Any]) -> bytes:
-        """Returns the output of a canvas; `savefig` would draw everything twice."""
+        """The output of a canvas; `savefig` would draw everything twice."""
         stream = io.BytesIO()
         with _settings(self.name):
             print_figure(stream, metadata=metadata)
@@ -123,7 +123,7 @@ class Drawing:
 
 @contextmanager
 def drawing_figure(width: float, height: float) -> Iterator[Figure]:
-    """Yields a new figure of this size in inches, within the common settings of all figures."""
+    """Yield a new figure of this size in inches, within the common settings of all figures."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -133,7 +133,7 @@ def drawing_figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def label(text: str, width: int = _MAX_LABEL) -> str:
-    """Returns a text from data for a figure: one line, no controls, no folders, cut to `width`.
+    """A text from data for a figure: one line, no controls, no folders, cut to `width`.
 
     >>> label("a\\x1b[2Jb"), len(label("x" * 1_000_000))
     ('a�[2Jb', 60)
@@ -142,7 +142,7 @@ def label(text: str, width: int = _MAX_LABEL) -> str:
 
 
 def draw_dots(axes: Any, xs: Any, ys: Any, *, color: str, size: float = 3.2) -> None:
-    """Draws dots as one path: an element for each would add hundreds of kilobytes to a page."""
+    """Draw dots as one path: an element for each would add hundreds of kilobytes to a page."""
     import numpy as np
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -218,7 +218,7 @@ def _adapt_to_page(svg: str, title: str, alternative: str) -> str:
 
 
 def _move_style(match: re.Match[str]) -> str:
-    """Replaces a `style` attribute by a class and separate attributes."""
+    """Replace a `style` attribute by a class and separate attributes."""
     classes, attributes = [], []
     for declaration in match[1].split(";"):
         name, _, value = (part.strip() for part in declaration.partition(":"))
@@ -236,7 +236,7 @@ def _move_style(match: re.Match[str]) -> str:
 
 
 def _round(match: re.Match[str]) -> str:
-    """Rounds to a hundredth of a point, which is finer than a screen shows.
+    """Round to a hundredth of a point, which is finer than a screen shows.
 
     >>> _round(re.match(".*", "-12.3456"))
     '-12.35'

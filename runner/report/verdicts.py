@@ -22,7 +22,7 @@ _MAX_NAMED: Final = 8
 
 
 def write_verdicts(report: Report) -> list[str]:
-    """Returns the sentences, declared contrasts first."""
+    """The sentences, declared contrasts first."""
     if not any(cell.scores for cell in report.cells):
         if any(row.is_scored for row in report.rows):
             reasons = [reason for cell in report.cells for reason in cell.missing]
@@ -52,7 +52,7 @@ class _Writer:
         self._with_grid, self._with_task = with_grid, with_task
 
     def tell_all(self, one: AxisEffects) -> list[str]:
-        """Returns the sentences of a contrast, with every number that answers it."""
+        """The sentences of a contrast, with every number that answers it."""
         name = self._name(one)
         if not one.main:
             declared = "declared, " if one.is_declared else ""
@@ -69,7 +69,7 @@ class _Writer:
         return sentences + [f"{flag}." for flag in flags if questions_the_axis(flag)]
 
     def tell_others(self, effects: Sequence[AxisEffects]) -> list[str]:
-        """Returns sentences on exploratory contrasts; those that are unclear are only named."""
+        """Sentences on exploratory contrasts; those that are unclear are only named."""
         clear, unclear = [], []
         refused: dict[str, list[str]] = {}
         for one in effects:
@@ -109,7 +109,7 @@ class _Writer:
 
 
 def _list_reasons(one: AxisEffects) -> list[str]:
-    """Returns the reasons for a missing estimate: incomparable runs, or cells without a pair."""
+    """The reasons for a missing estimate: incomparable runs, or cells without a pair."""
     if not one.main:
         return [_name_some(one.unpaired)]
     return [reason for effect in one.main for reason in effect.refused]
@@ -131,7 +131,7 @@ def _describe_dependence(one: AxisEffects) -> str:
 
 
 def _describe(effect: Effect) -> str:
-    """Describes an effect without the name of its axis and without a full stop."""
+    """Describe an effect without the name of its axis and without a full stop."""
     first, second = axis_text(effect.reference), axis_text(effect.compared)
     place = f" at {describe_at(effect.at)}" if effect.at else ""
     interval = effect.interval
@@ -183,7 +183,7 @@ def _describe(effect: Effect) -> str:
 
 
 def _explain_unclear(effect: Effect) -> str:
-    """Explains an unclear effect whose interval and p disagree; empty if they agree."""
+    """Explain an unclear effect whose interval and p disagree; empty if they agree."""
     interval = effect.interval
     if interval is None or interval.bounds is None or effect.p_adjusted is None:
         return ""
@@ -207,7 +207,7 @@ def _explain_unclear(effect: Effect) -> str:
 
 
 def _add_margin(told: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:
-    """Returns the sentence on an effect, extended by the result for the declared margin."""
+    """The sentence on an effect, extended by the result for the declared margin."""
     interval = effect.interval
     assert interval is not None and interval.half_width is not None
     margin = f"{equivalence.margin:g}"
@@ -232,7 +232,7 @@ def _describe_unit(effect: Effect) -> str:
 
 
 def _describe_runs(effect: Effect) -> str:
-    """Returns `3 seeds x 100 test rows`, or only the seeds if the rows are fixed."""
+    """`3 seeds x 100 test rows`, or only the seeds if the rows are fixed."""
     interval = effect.interval
     assert interval is not None
     counts = sorted(set(interval.num_seeds))
@@ -256,7 +256,7 @@ def _describe_p(effect: Effect) -> str:
 
 
 def _format_p(p: float) -> str:
-    """Formats a p value for a sentence.
+    """Format a p value for a sentence.
 
     >>> _format_p(0.0004), _format_p(0.0312)
     ('p < 0.001', 'p = 0.031')
@@ -265,7 +265,7 @@ def _format_p(p: float) -> str:
 
 
 def _choose_digits(half_width: float) -> int:
-    """Returns the decimals that show at least two digits of the half-width of an interval.
+    """The decimals that show at least two digits of the half-width of an interval.
 
     >>> _choose_digits(0.031), _choose_digits(0.0004), _choose_digits(2.5)
     (3, 5, 3)
@@ -277,7 +277,7 @@ def _choose_digits(half_width: float) -> int:
 
 
 def _tell_single_seeds(report: Report) -> list[str]:
-    """Returns a sentence for each grid whose seeds are too few for a verdict."""
+    """A sentence for each grid whose seeds are too few for a verdict."""
     sentences = []
     for grid in dict.fromkeys(one.grid for one in report.effects):
         rows_only = [

@@ -82,7 +82,7 @@ class BaseScores:
 
     @classmethod
     def load(cls, folder: Path) -> BaseScores:
-        """Return the scores that `write` stored, with every number exact to its last bit.
+        """The scores that `write` stored, with every number exact to its last bit.
 
         Raises:
             CorruptFileError: a file has another shape.

@@ -325,7 +325,7 @@ class Leftovers:
         return dict(sorted(self._num_rows.items()))
 
     def refuse(self) -> None:
-        """Raises UnusedColumnsError for names that may mean something."""
+        """Raise UnusedColumnsError for names that may mean something."""
         if not self._refused:
             return
         names = tuple(self._refused)
