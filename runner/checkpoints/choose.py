@@ -265,7 +265,7 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
         )
     for step in stripped:
         draft.set_aside(
-            step, "it was stripped of its optimizer state, and nothing newer can be continued"
+            step, "it was stripped of its optimizer state, and nothing newer can be resumed"
         )
     return found
 

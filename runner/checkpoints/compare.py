@@ -116,8 +116,8 @@ def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: st
     if marker.is_stripped:
         raise UnusableError(
             f"the checkpoint of step {marker.step} was stripped"
-            " of its optimizer state and cannot be continued",
-            hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
+            " of its optimizer state and cannot be resumed",
+            hint="with `checkpoints.save_optimizer: true` every checkpoint can be resumed",
         )
 
 
@@ -125,7 +125,7 @@ def describe_obstacles(step: int | None, obstacles: tuple[str, ...]) -> str:
     """The reason why a checkpoint is not resumed."""
     shown = "\n".join(f"  {line}" for line in obstacles)
     return (
-        f"the checkpoint of step {step} cannot be continued exactly,"
+        f"the checkpoint of step {step} cannot be resumed exactly,"
         f" because these changed since:\n{shown}"
     )
 

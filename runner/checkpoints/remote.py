@@ -104,7 +104,7 @@ class RemoteFolder:
 
         Raises:
             RefusedError: they belong to another experiment, and must be neither overwritten nor
-                continued.
+                resumed.
         """
         path, content = (
             f"{self._root}/{OWNER_NAME}",

@@ -57,7 +57,7 @@ from runner.recipe.parse import Recipe
 from runner.run.paths import STEP_PREFIX, RunPaths
 
 _OTHER_RUN: Final = (
-    "only a checkpoint of the same recipe, data and number of processes can be continued"
+    "only a checkpoint of the same recipe, data and number of processes can be resumed"
 )
 
 Result = TypeVar("Result")
@@ -204,7 +204,7 @@ def import_newest(
             )
     if len(skipped) < len(steps):
         raise RefusedError(
-            f"{remote.url} holds checkpoints of this run, but none can be continued (see the log)",
+            f"{remote.url} holds checkpoints of this run, but none can be resumed (see the log)",
             hint="`runner launch RECIPE --fresh` starts at step 0",
         )
     return None

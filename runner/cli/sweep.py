@@ -234,7 +234,7 @@ def _decide_all(
     }
     if num_not_begun:
         runs = "1 run was" if num_not_begun == 1 else f"{num_not_begun} runs were"
-        what = f"{runs} never started (`rerun` only continues started runs)"
+        what = f"{runs} never started (`rerun` only resumes started runs)"
         print(_describe_block("skip", what, ()), file=stream)
     pushes.refuse()
     allow = suggest_allowing(

@@ -9,8 +9,8 @@ lengths, as in the first proof: the texts of a row are never searched.
 
 A completion begins where the generation prompt ends: the rendering of the messages before the turn,
 with the generation prompt, is the beginning of the whole. It ends where `turn_ends` says.
-Whitespace around a leaf, and the tags at which a template splits contents (`<think>`), stay as they
-are in the rendering of marks, so that the template treats both renderings alike.
+Whitespace around a leaf, and the tags at which a template splits contents (`<think>`), are not
+changed in the rendering of marks, so the template treats both renderings in the same way.
 
 If the template does not print a text of a turn to train, the row is refused, and the error names
 that text.

@@ -38,7 +38,7 @@ class LocalOptions:
     fail_fast: bool
     is_dry_run: bool
     uses_workers: bool  # if false, each run imports its libraries itself
-    again: str  # the command that continues stopped runs
+    again: str  # the command that resumes stopped runs
     output_root: Path
 
     @property

@@ -84,7 +84,7 @@ class FailedElsewhere(Exception):
 
 def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
     """Refuse a run that failed, or that a user stopped, after it was planned. A run that was killed
-    or stopped together with its sweep may continue.
+    or stopped together with its sweep may be resumed.
 
     The caller holds the lease, under which the facts were read.
 
@@ -110,7 +110,7 @@ _RANKS_SECONDS: Final = 10.0  # until ranks on other machines notice that their 
 
 @dataclass
 class RunningAttempt:
-    """A started attempt; the trainer holds the lease as its stdin."""
+    """A started attempt; the training process holds the lease as its stdin."""
 
     paths: RunPaths
     attempt: Attempt
@@ -129,7 +129,7 @@ class RunningAttempt:
         return self.paths.attempt(self.attempt.number)
 
     def has_made_steps(self) -> bool:
-        """True if the trainer has finished an optimizer step in this attempt."""
+        """True if the training process has finished an optimizer step in this attempt."""
         progress = load_progress(self.files.progress_path)
         return progress is not None and progress.step > 0
 

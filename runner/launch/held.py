@@ -77,7 +77,7 @@ def describe_holder(paths: RunPaths) -> str:
     """The process that holds a run, if it is visible on this machine; else the machine on which the
     last attempt was started.
     """
-    # The first holder is the sweep: it is older than the trainer that it started.
+    # The first holder is the sweep: it is older than the training process that it started.
     for pid in list_holders(paths.lease_path):
         return f"process {pid} on {socket.gethostname()}"
     try:

@@ -63,7 +63,7 @@ def run_planned(
 ) -> PoolResult:
     """Run everything; returns how the runs ended, and prints those that are not done.
 
-    `again` is the command that continues them after a stop. `uses_workers` forks the runs that can
+    `again` is the command that resumes them after a stop. `uses_workers` forks the runs that can
     be forked. `awaits_held` starts runs that another sweep holds once they are free. The models of
     the completed runs `to_push` are pushed meanwhile.
     """

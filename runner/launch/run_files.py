@@ -111,7 +111,7 @@ def _keep_first(recipe: Recipe, facts: RunFacts) -> Recipe:
 def refuse_uncontinuable(
     launch: Launch, command: LaunchCommand, facts: RunFacts, divisor: int
 ) -> None:
-    """Refuse early to resume a checkpoint of another launch, which the trainer would refuse later.
+    """Refuse to resume a checkpoint of another launch, before the training process does so.
 
     The caller holds the lease, under which the facts were read, and has written nothing yet, so
     `recipe.json` still has the previous launch settings.

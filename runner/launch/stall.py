@@ -1,9 +1,9 @@
 """Watches a running attempt: a suspended one is continued. For one that hangs, the stacks of
 its ranks are requested, then it is killed.
 
-A sign of life is any change of the attempt's `progress.json`, which the trainer writes or touches
-as part of its work. Signals reach only the processes on this machine; on other machines the ranks
-end with their launcher.
+A sign of life is any change of the attempt's `progress.json`, which the training process writes
+or touches as part of its work. Signals reach only the processes on this machine; on other machines
+the ranks end with their launcher.
 """
 
 from __future__ import annotations

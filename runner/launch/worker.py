@@ -1,7 +1,7 @@
-"""Warm starts: a worker of the sweep has imported a trainer's libraries, and forks one trainer per
-attempt.
+"""Warm starts: a worker of the sweep has imported the libraries for training, and forks one
+training process per attempt.
 
-A worker is started like a trainer, by `accelerate launch` in the same environment. It runs
+A worker is started like a training process, by `accelerate launch` in the same environment. It runs
 `runner.sft.worker`; this module is the sweep's side. They exchange JSON messages over a socket
 pair that is the worker's stdin; some messages carry open files:
 
@@ -69,7 +69,7 @@ _FOR_IMPORTS: Final = {
 
 @dataclass(frozen=True)
 class Imports:
-    """The settings of a recipe that decide how a trainer imports its libraries."""
+    """The settings of a recipe that decide how a training process imports its libraries."""
 
     launch_config: str  # a hash of the file's bytes
     hidden: tuple[str, ...]  # libraries that are made to look uninstalled
@@ -264,7 +264,7 @@ class Worker:
 
 @dataclass
 class ForkedProcess:
-    """The trainer of one attempt, a child of a worker: a warm start."""
+    """The training process of one attempt, a child of a worker: a warm start."""
 
     worker: Worker
     pid: int

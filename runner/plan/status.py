@@ -91,7 +91,7 @@ class RunStatus(Fact):
         notes += [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
         if self.obstacles:
             notes.append(
-                f"step {self.checkpoint_step} cannot be continued: {', '.join(self.obstacles)}"
+                f"step {self.checkpoint_step} cannot be resumed: {', '.join(self.obstacles)}"
             )
         elif self.version_changes:
             notes.append(

@@ -1,7 +1,7 @@
 """`runner masks`: shows the tokens of a row as the model sees them, and marks the trained ones.
 
-Views are built by the trainer's own functions and printed for a terminal, as an HTML page or as
-JSON. A tokenizer is loaded, never a model.
+Views are built by the functions that training uses, and printed for a terminal, as an HTML page or
+as JSON. A tokenizer is loaded, never a model.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def _choose(
 def build_view(
     fitted: FittedRow, recipe: Recipe, tokenizer: Any, *, split: str, number: int
 ) -> RowView:
-    """Build the view of one row under the recipe's loss, from the ids and labels that the trainer
-    gets.
+    """Build the view of one row under the recipe's loss, from the ids and labels that training
+    uses.
     """
     raw, masked, row = fitted.raw, fitted.masked, fitted.row
     seen = list(range(len(masked.input_ids)))

@@ -1,7 +1,7 @@
 """Facts about rows under one tokenizer: lengths, labels, ends of turns, beginnings.
 
-Every row is masked and fitted by the trainer's own functions, once per tokenizer; only counts and
-hashes are kept.
+Every row is masked and fitted by the functions that training uses, once per tokenizer; only counts
+and hashes are kept.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ def _write_lines(grid: str, runs: Sequence[CheckedRun], plan: Plan) -> Iterator[
         return
     path = Path("recipe_templates") / grid / "recipe.yaml.j2"
     where = path if path.exists() else f"the template of {grid}"
-    yield f"for all arms alike, replace these keys in {where}:"
+    yield f"for all arms, replace these keys in {where}:"
     if plan.micro_batch is not None or plan.without_checkpointing:
         yield "  training:"
     if plan.micro_batch is not None:

@@ -239,7 +239,7 @@ _EXAMPLES: Final[dict[str, Any]] = {
     "layer_replication": [[0, 4], [2, 5]],
     "target_parameters": ["feed_forward.experts.gate_up_proj"],
 }
-# Additions to the libraries' help: the trainer changes these defaults.
+# Additions to the libraries' help: the training process changes these defaults.
 _NOTES: Final[dict[str, str]] = {
     "dataloader_pin_memory": "The runner's default is false if the run trains on CPU.",
 }

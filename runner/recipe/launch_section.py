@@ -156,8 +156,8 @@ class RetriesSection(Section):
     lost: NotNegative = Field(
         default=1,
         description=(
-            "For a trainer that ended without a message; perhaps the system killed it for its"
-            " memory."
+            "For a training process that ended without a message; perhaps the system killed it"
+            " for its memory."
         ),
     )
     stalled: NotNegative = Field(
@@ -255,7 +255,7 @@ class TrackingSection(Section):
 
     report_to: tuple[Tracker, ...] = Field(
         default=(),
-        description="Trackers by their Transformers names. `wandb` and `none` may stand alone.",
+        description="Trackers by their Transformers names. `wandb` and `none` may be written without a list.",
         examples=[["wandb", "tensorboard"]],
     )
     project: str | None = Field(

@@ -92,7 +92,7 @@ class StopRequest(Fact):
 
     attempt: int  # later attempts ignore it
     why: str
-    # The sweep that runs it was itself asked to stop: another sweep may continue the run
+    # The sweep that runs it was itself asked to stop: another sweep may resume the run
     # immediately.
     is_of_its_sweep: bool = False
 
@@ -251,7 +251,7 @@ class StoredRecipe(Fact):
             return []
         return [
             f"{RULES_KEY}: {self.rules} -> {RULES}"
-            f" (only a runner with rules {self.rules} can continue it)"
+            f" (only a runner with rules {self.rules} can resume it)"
         ]
 
     def find_other_digest(self) -> list[str]:

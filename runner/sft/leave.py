@@ -1,5 +1,5 @@
-"""The exit of a trainer whose run is complete: open files are closed, and the process exits without
-the interpreter's teardown.
+"""The exit of a training process whose run is complete: open files are closed, and the process
+exits without the interpreter's teardown.
 
 Tearing down torch, transformers and the rest module by module takes about as long as ten steps of a
 small model, and no part of a run depends on it.

@@ -70,7 +70,7 @@ class Preemption:
             raise PreemptedError(f"{why}: stopped at step {step}, which is saved")
 
     def agree(self, device: Any) -> bool:
-        """True if the attempt ends here, on every rank alike; all ranks must call this at the same
+        """True on every rank if the attempt ends here; all ranks must call this at the same
         point.
         """
         if self._agreed_on is None:
@@ -160,7 +160,7 @@ def _stay(number: int, frame: FrameType | None) -> None:
 
 def _stop_listening() -> None:
     """Restore default signals in a forked child, such as a data loader's worker. A signal to the
-    child is not meant for the trainer.
+    child is not meant for the training process.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -65,7 +65,7 @@ def uses_deepspeed() -> bool:
 def keep_freed_memory() -> None:
     """From now on, keep most freed memory in this process for the next tensor.
 
-    A trainer on the CPU allocates the same tensors in each step. By default, glibc returns free
+    Training on the CPU allocates the same tensors in each step. By default, glibc returns free
     memory at the end of its heap, and every block of more than 32 MiB, to the kernel. The kernel
     then clears and maps each page again, which took 5 to 12% of the CPU seconds of small runs.
     Blocks of more than 128 MiB are still returned: with all of them in the heap, a run held 50%

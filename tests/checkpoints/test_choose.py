@@ -1,4 +1,4 @@
-"""One decision: each way in which checkpoints can be damaged, with the step that is continued, what
+"""One decision: each way in which checkpoints can be damaged, with the step that is resumed, what
 is moved aside for it and why, and the verdict on every checkpoint.
 """
 
@@ -74,7 +74,7 @@ UNCOMMITTED: Final = "its files differ from those committed: "
 UNFINISHED: Final = "never finished; an attempt would move it to quarantine"
 LOST_BEST: Final = "the best weights so far, of step 8, are lost"
 NO_BEST: Final = ", but its best weights, of step 8, are lost" + MOVED
-STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be continued"
+STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be resumed"
 NO_STATE: Final = (
     "intact, but without optimizer state: its weights can be used, but it cannot be resumed"
 )
@@ -96,7 +96,7 @@ BACK_TO_8: Final = {"step-8": "intact" + NEXT, "step-4": "intact" + OLDER}
 
 
 def newest_damaged(happen: Callable[[RunPaths], Any], what: str) -> Case:
-    """The step before is continued."""
+    """The step before is resumed."""
     verdicts = {"step-12": f"damaged: {what}{MOVED}", **BACK_TO_8}
     return Case(happen, 8, verdicts, (("step-12", UNCOMMITTED + what),))
 
@@ -317,7 +317,7 @@ def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_pa
 def test_only_other_micro_batches_of_training_are_left_behind(tmp_path: Path) -> None:
     paths = make(tmp_path, "whole")
     larger = "it was written in larger micro-batches, before the run ran out of memory"
-    for changed in ({}, {"num_processes": 1}):  # nothing of before is continued
+    for changed in ({}, {"num_processes": 1}):  # nothing from before is resumed
         choice = decide(paths, has_run_out_of_memory=True, per_device_train_batch_size=1, **changed)
         assert (choice.step, choice.refusal) == (None, None)
         assert list_moves(paths, choice) == [(f"step-{step}", larger) for step in (4, 8, 12)]

@@ -57,7 +57,7 @@ MAY_CHANGE = {
     "launch.retries.transient": "how often, not what",
     "launch.retries.lost": "how often, not what",
     "launch.retries.out_of_memory": (
-        "permits a start at step 0 in smaller micro-batches; never a continuation in them"
+        "permits a start at step 0 in smaller micro-batches; never a resume in them"
     ),
     "launch.retries.stalled": "how often, not what",
     "launch.retries.backoff_seconds": "when, not what",
@@ -67,7 +67,7 @@ MAY_CHANGE = {
         "the best one always stays, and nothing that is computed depends on others"
     ),
     "checkpoints.keep_best": "as above",
-    "checkpoints.save_optimizer": "of older checkpoints; a stripped one is never continued",
+    "checkpoints.save_optimizer": "of older checkpoints; a stripped one is never resumed",
     "checkpoints.archive": "a copy",
     "checkpoints.remote": "a copy",
     "checkpoints.remote.url": "a copy",
@@ -218,7 +218,7 @@ def test_another_number_of_processes_is_refused_where_it_is_asked_for(tmp_path: 
     )
     assert status.obstacles == ("gradient_accumulation_steps: 4 -> 12", "num_processes: 3 -> 1")
     assert (
-        "step 4 cannot be continued: gradient_accumulation_steps: 4 -> 12, num_processes: 3 -> 1"
+        "step 4 cannot be resumed: gradient_accumulation_steps: 4 -> 12, num_processes: 3 -> 1"
         in status.notes
     )
     decision, status = judge(paths, recipe, num_processes=5)
@@ -279,7 +279,7 @@ def test_the_newest_marker_that_can_be_read_decides(tmp_path: Path) -> None:
     paths.archive_path(8).write_bytes(b"no archive")
     assert refusal_of(paths, recipe) == ["num_processes: 2 -> 3"]
     flip_bit(marker_path(paths.checkpoint_dir(4)))
-    assert refusal_of(paths, recipe) is None, "nothing to continue: the trainer starts at step 0"
+    assert refusal_of(paths, recipe) is None, "nothing to resume: it starts at step 0"
 
 
 def test_a_stripped_one_is_shown_and_the_one_before_it_decides(tmp_path: Path) -> None:
@@ -326,13 +326,13 @@ def test_smaller_micro_batches_after_running_out_of_memory_are_a_new_start_and_n
     )
     assert refusal_of(paths, recipe) is None
     assert refusal_of(paths, parse("launch.num_processes=1")) is None, (
-        "nothing of before is continued, whatever else changed"
+        "nothing from before is resumed, even if other things changed"
     )
     interrupt(recipe, paths, step=8, **_cut(recipe, 2))
     write_record(
         paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
     )
-    assert refusal_of(paths, recipe) is None, "continued in the same smaller ones"
+    assert refusal_of(paths, recipe) is None, "resumed in the same smaller ones"
     lines = refusal_of(paths, parse("launch.num_processes=1"))
     assert lines is not None and "num_processes: 3 -> 1" in lines, (
         "and nothing else may change with them"
@@ -419,7 +419,7 @@ def test_a_refused_launch_touches_nothing_and_names_what_to_type(fake: FakeLaunc
         process = fake.start("launch", "recipes/toy/a.yaml", *more)
         _, errors = process.communicate()
         assert process.returncode == 2
-        assert "step 4 cannot be continued exactly" in errors
+        assert "step 4 cannot be resumed exactly" in errors
         assert "\n  gradient_accumulation_steps: 2 -> 4\n  num_processes: 2 -> 1\n" in errors
         assert "hint: runner launch recipes/toy/a.yaml --num-processes 2  # as before\n" in errors
         assert "runner launch recipes/toy/a.yaml --fresh  # moves" in errors
@@ -441,7 +441,7 @@ def test_a_sweep_refuses_one_run_launches_the_others_and_needs_no_retry_failed_l
     assert "refuse  toy/a  interrupted" in output and "\n          num_machines: 2 -> 1" in output
     assert len(fake.attempts("a")) == 1, "no failed attempt was left behind"
     status = fake.start("status", "recipes/toy/a.yaml").communicate()[0]
-    assert "interrupted" in status and "step 4 cannot be continued: num_machines: 2 -> 1" in status
+    assert "interrupted" in status and "step 4 cannot be resumed: num_machines: 2 -> 1" in status
     shutil.rmtree(paths.checkpoints_dir)
     again = fake.start("sweep", "recipes/toy")
     assert again.wait() == 0 and fake.started() == ["b", "a"]

@@ -191,7 +191,7 @@ def test_a_place_that_cannot_be_reached_fails_no_training_and_gets_everything_la
 def test_an_older_one_stays_there_until_the_best_weights_have_arrived(
     paths: RunPaths, tmp_path: Path
 ) -> None:
-    """The upload of step 8, the best, fails; alone, step 12 could not be continued."""
+    """The upload of step 8, the best, fails; alone, step 12 could not be resumed."""
     recipe = make_recipe(f"file://{tmp_path / 'place'}", load="true")
     folder = remote_folder(recipe)
     train_on(paths, recipe, 4)
@@ -204,7 +204,7 @@ def test_an_older_one_stays_there_until_the_best_weights_have_arrived(
         == 4
     )
     folder.delete(4)
-    with pytest.raises(RefusedError, match="none can be continued"):
+    with pytest.raises(RefusedError, match="none can be resumed"):
         choose_resume_step(make_paths(tmp_path / "third"), recipe, FINGERPRINT, "auto", folder)
     in_the_way.rmdir()
     train_on(paths, recipe, 20, attempt=3)

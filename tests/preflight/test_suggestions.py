@@ -127,8 +127,8 @@ def test_what_differs_within_a_model_is_left_alone(here: Project) -> None:
 
 
 def list_template_lines(lines: list[str]) -> str:
-    """The lines under "for all arms alike", as they would be in a template."""
-    start = next(at for at, line in enumerate(lines) if "for all arms alike" in line)
+    """The lines under "for all arms", as they would be in a template."""
+    start = next(at for at, line in enumerate(lines) if "for all arms, replace" in line)
     indented = [line for line in lines[start + 1 :] if line.startswith("    ")]
     return "\n".join(line[4:] for line in indented)
 

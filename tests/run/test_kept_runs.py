@@ -5,8 +5,8 @@ failed of each kind, changed, unreadable, with checkpoints that are damaged, str
 renamed or of another launch. Their answers are kept as they were printed; `UPDATE_GOLDEN=1`
 rewrites the answers, never the runs.
 
-The rows of these runs were drawn by rules 1, under which nothing can be continued any more: what is
-said of them as they are is in `rules_1.json`. All other answers are of the same runs with today's
+The rows of these runs were drawn by rules 1, which no later runner resumes: their answers as
+they are are in `rules_1.json`. All other answers are of the same runs with today's
 rules in their records.
 """
 
@@ -161,7 +161,7 @@ def test_runs_of_rules_1_stay_completed_and_what_has_a_checkpoint_is_changed(
     now: list[Any] = json.loads(capsys.readouterr().out)
     lines = [f"{one['grid']}/{one['name']}  {one['state']}: {one['why']}\n" for one in now]
     compare("rules_1.txt", "".join(lines))
-    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can resume it)"
     before = json.loads((GOLDEN / "status.json").read_text())
     for one, other in zip(now, before, strict=True):
         paths = RunPaths(Path(one["run_dir"]))
@@ -183,7 +183,7 @@ def test_the_report_of_completed_runs_of_rules_1_is_the_same(
 def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can resume it)"
     assert main(["sweep", "recipes/states", "--dry-run"]) == 2
     assert "recipe missing_data names files that do not exist" in capsys.readouterr().err
     Path("data/gone.jsonl").write_text("{}\n")
@@ -201,7 +201,7 @@ def test_nothing_of_a_run_of_rules_1_is_continued_and_why_and_launch_say_so_in_t
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can resume it)"
     assert main(["why", "recipes/states/killed.yaml"]) == 0
     said = capsys.readouterr().out
     assert f"next        refuse: changed: the runner changed since the run was made: {line}" in said

@@ -326,7 +326,7 @@ def test_a_checkpoint_of_other_rules_is_not_continued(
     )
     line = (
         f"rules of rows and masks: {rules} -> {RULES} (only a runner with rules {rules} can"
-        " continue it)"
+        " resume it)"
     )
     status = run.status()
     assert (status.state, status.differences) == ("changed", (line,))

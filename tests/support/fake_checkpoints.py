@@ -106,7 +106,7 @@ def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) ->
 
 
 def resume(paths: RunPaths, **changed: Any) -> int | None:
-    """The step from which an attempt continues; `changed` differs in its fingerprint."""
+    """The step from which an attempt resumes; `changed` differs in its fingerprint."""
     return choose_resume_step(paths, _RECIPE, {**FINGERPRINT, **changed}, "auto")
 
 
