@@ -255,7 +255,7 @@ class TrackingSection(Section):
 
     report_to: tuple[Tracker, ...] = Field(
         default=(),
-        description="Trackers by their Transformers names. `wandb` and `none` may be written without a list.",
+        description="Trackers by their Transformers names. `wandb` and `none` need no list.",
         examples=[["wandb", "tensorboard"]],
     )
     project: str | None = Field(
