@@ -1,4 +1,4 @@
-"""Starting, killing and comparing real runs; shared by the slow tests."""
+"""Starts, kills and compares real runs; shared by the slow tests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.conftest import RUNNER, Project, build_environment
 
 DEADLINE_SECONDS: Final = 300
 
-# The uninterrupted runs that the slow tests look at and compare with, all of one process on the
-# CPU. 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is
+# The uninterrupted runs that the slow tests read and compare with, all of one process on the CPU.
+# 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is
 # incomplete.
 RUNS: Final[dict[str, tuple[str, ...]]] = {
     "gemma-lora": ("adapter.lora_dropout=0.1", "training.num_train_epochs=2.5"),
@@ -32,7 +32,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "training.learning_rate=1e-3",
         "model.pad_token=add",
     ),
-    # The worst checkpoint instead of the best: what is exported is not what stands in memory after
+    # The worst checkpoint instead of the best: the export differs from the weights in memory after
     # the last step. Its added pad token grows both embeddings, which are saved with the adapter.
     "llama-lora": (
         "model.path=models/llama",
@@ -63,7 +63,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "evaluation.eval_strategy=epoch",
         "evaluation.eval_steps=null",
     ),
-    # Phi has neither template nor pad token; Ā stands for the byte 0.
+    # Phi has neither template nor pad token; Ā is the byte 0.
     "phi-full": (
         "model.path=models/phi",
         "model.chat_template=human.jinja",
@@ -81,9 +81,9 @@ _HUMAN_TEMPLATE: Final = """\
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{% endif -%}
 """
 
-# Runs inside the trainer: SIGKILL for its launcher and itself right before the n-th file operation
-# of a kind. Python's audit events come before the operation, so the instant is exact and nothing of
-# the runner is replaced. Where a rank is named, it dies alone.
+# Runs inside training: SIGKILL for its launcher and itself right before the n-th file operation of
+# a kind. Python's audit events come before the operation, so the instant is exact and nothing of the
+# runner is replaced. If a rank is given, only that rank dies.
 _KILLER: Final = """\
 import itertools, os, signal, sys
 
@@ -118,7 +118,7 @@ def sweep_runs(project: Project) -> None:
 
 
 def add_what_runs_need(project: Project) -> None:
-    """The models and the chat template that recipes of `RUNS` name."""
+    """Add the models and the chat template that recipes of `RUNS` name."""
     for family in FAMILIES:
         project.add_model(family)
     write_text_atomic(project.root / "human.jinja", _HUMAN_TEMPLATE)
@@ -131,7 +131,7 @@ def launch(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> RunPaths:
-    """Launch a run to its end under a name, and demand that it completes."""
+    """Launch a run to its end under a name, and assert that it completes."""
     result = try_launch(
         project, name, *overrides, num_processes=num_processes, environment=environment
     )
@@ -149,16 +149,15 @@ def try_launch(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """As `launch`, for runs that may fail."""
+    """Launch a run that may fail."""
     return project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
 
 
 def launch_arguments(
     name: str, overrides: tuple[str, ...], num_processes: int | None = None
 ) -> list[str]:
-    """Arguments of `runner` for one run under a name of its own.
-
-    Of several overrides of one key the last counts here; `runner` refuses them.
+    """Arguments of `runner` for one run under its own name. If overrides repeat a key, the last one
+    counts here; `runner` refuses them.
     """
     overrides = tuple({one.partition("=")[0]: one for one in overrides}.values())
     processes = [] if num_processes is None else ["--num-processes", str(num_processes)]
@@ -175,10 +174,8 @@ def launch_killed_at(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> RunPaths:
-    """Launch a run whose processes are all killed the moment before `event` touches a file that
-    ends in `path`.
-
-    The `number`-th time that it does.
+    """Launch a run whose processes are all killed the `number`-th time that `event` is about to
+    touch a file whose path ends in `path`.
     """
     at = f"{event} {path} {number}"
     result = try_launch_killed_at(
@@ -199,10 +196,10 @@ def try_launch_killed_at(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """As `launch_killed_at`, without a look at what came of it; `at` is `event path number`.
+    """As `launch_killed_at`, without a check of the outcome; `at` is `event path number`.
 
-    The event `*` is any that has to do with a path that contains one of the parts of `path`, which
-    `|` separates. One `rank` alone is killed where it is named.
+    The event `*` is any event on a path that contains one of the parts of `path`, which are
+    separated by `|`. If `rank` is given, only that rank is killed.
     """
     arguments = launch_arguments(name, overrides, num_processes)
     return run_killed_at(project, *arguments, at=at, rank=rank, environment=environment)
@@ -215,8 +212,8 @@ def run_killed_at(
     rank: str = "all",
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`runner ARGUMENTS`, of which the processes of an attempt are killed as
-    `try_launch_killed_at` says.
+    """`runner ARGUMENTS`, where the processes of an attempt are killed as in
+    `try_launch_killed_at`.
     """
     hook_dir = project.root / "killer"
     hook_dir.mkdir(exist_ok=True)
@@ -231,14 +228,14 @@ def run_killed_at(
 
 @contextmanager
 def started(project: Project, name: str, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A launched run while it runs; what is left of it is killed in the end."""
+    """A launched run while it runs; what is left of it is killed at the end."""
     with started_by(project, *launch_arguments(name, overrides)) as process:
         yield process
 
 
 @contextmanager
 def started_by(project: Project, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`runner ARGUMENTS` while it runs; what is left of it is killed in the end."""
+    """`runner ARGUMENTS` while it runs; what is left of it is killed at the end."""
     process = subprocess.Popen(
         [str(RUNNER), *arguments],
         cwd=project.root,
@@ -251,12 +248,12 @@ def started_by(project: Project, *arguments: str) -> Iterator[subprocess.Popen[b
     try:
         yield process
     finally:
-        process.kill()  # the trainer dies with it
+        process.kill()  # the training process dies with it
         process.wait()
 
 
 def wait_for_path(path: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until a file is there; a process that ends first is an error."""
+    """Wait until a file exists; it is an error if the process ends first."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not path.exists():
         assert process.poll() is None, f"the run ended before {path} was written"
@@ -273,7 +270,7 @@ def list_descendants(pid: int) -> list[int]:
 
 
 def assert_dies(pidfds: list[int], seconds: float) -> None:
-    """Wait for processes that nobody signalled to be gone."""
+    """Wait until processes that got no signal are gone."""
     deadline = time.monotonic() + seconds
     for pidfd in pidfds:
         assert select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0], (
@@ -283,9 +280,9 @@ def assert_dies(pidfds: list[int], seconds: float) -> None:
 
 
 def kill_launcher(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for the runner alone; everything below it must follow by itself."""
+    """Send SIGKILL to the runner only; everything below it must end as a consequence."""
     descendants = list_descendants(process.pid)
-    assert len(descendants) >= 2, "accelerate and the trainer"
+    assert len(descendants) >= 2, "accelerate and the training process"
     pidfds = [os.pidfd_open(pid) for pid in descendants]
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -293,8 +290,8 @@ def kill_launcher(process: subprocess.Popen[bytes]) -> None:
 
 
 def outputs_of(paths: RunPaths) -> dict[str, bytes]:
-    """Every file that an interrupted and an uninterrupted run must have in common, to the byte; of
-    the result all but the checksum of `recipe.json`, which holds the run's name.
+    """Every file that must be equal, byte by byte, in an interrupted and an uninterrupted run; the
+    result without the checksum of `recipe.json`, which holds the run's name.
     """
     result = load_json(paths.result_path)
     result.pop("result_sha256", None)
@@ -325,14 +322,14 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def forget_end(paths: RunPaths) -> None:
-    """The record as it was before the last attempt ended."""
+    """Restore the record from before the last attempt ended."""
     content = load_json(paths.record_path)
     content["attempts"][-1] |= {"ended_at_utc": None, "exit_status": None}
     write_json_atomic(paths.record_path, content)
 
 
 def read_result(paths: RunPaths) -> TrainResult:
-    """`result.json`, parsed."""
+    """The parsed `result.json`."""
     return TrainResult.model_validate(load_json(paths.result_path))
 
 
