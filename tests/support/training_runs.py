@@ -82,8 +82,8 @@ _HUMAN_TEMPLATE: Final = """\
 """
 
 # Runs inside training: SIGKILL for its launcher and itself right before the n-th file operation of
-# a kind. Python's audit events come before the operation, so the instant is exact and nothing of the
-# runner is replaced. If a rank is given, only that rank dies.
+# a kind. Python's audit events come before the operation, so the instant is exact and nothing of
+# the runner is replaced. If a rank is given, only that rank dies.
 _KILLER: Final = """\
 import itertools, os, signal, sys
 
