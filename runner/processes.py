@@ -118,13 +118,13 @@ def bind_forks(lease_descriptor: int) -> None:
     def note_thread() -> None:
         is_main[:] = [threading.current_thread() is threading.main_thread()]
 
-    def let_go() -> None:
+    def bind_child() -> None:
         with contextlib.suppress(OSError):
             os.close(lease_descriptor)
         if is_main[0]:
             die_with_parent()
 
-    os.register_at_fork(before=note_thread, after_in_child=let_go)
+    os.register_at_fork(before=note_thread, after_in_child=bind_child)
 
 
 def kill_processes_of(is_meant: Callable[[str], bool]) -> int:

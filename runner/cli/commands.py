@@ -20,7 +20,7 @@ from runner.cli.reading import (
     note_edited,
     note_idle_overrides,
     select,
-    select_anew,
+    select_uncached,
     warn_of_moved_names,
     warn_of_other_base_scores,
     warn_of_outdated,
@@ -37,7 +37,7 @@ from runner.plan.select import Selected, UnreadableRun, run_paths
 from runner.plan.status import (
     RunStatus,
     read_status_unverified,
-    suggest_mending,
+    suggest_fixes,
 )
 from runner.project_folder import (
     TEMPLATES,
@@ -116,7 +116,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     data sections.
     """
     # For --allow-code, each recipe is parsed: the cache must not decide what may run.
-    selected = (select_anew if arguments.allow_code else select)(arguments, arguments.paths)
+    selected = (select_uncached if arguments.allow_code else select)(arguments, arguments.paths)
     note_idle_overrides(selected)
     recipes = [one.recipe for one in selected]
     note_edited(selected)
@@ -303,10 +303,10 @@ def _print_hints(rows: Sequence[tuple[Selected, RunStatus]], unreadable: Sequenc
     missing = dict.fromkeys(path for status in statuses for path in status.inputs_missing)
     if missing:
         _print_hint(f"inputs missing: {hint_at_missing(missing)}")
-    mending = [suggest_mending(status.damage) for status in statuses if status.state == "damaged"]
-    for hint in dict.fromkeys(mending):
+    fixes = [suggest_fixes(status.damage) for status in statuses if status.state == "damaged"]
+    for hint in dict.fromkeys(fixes):
         _print_hint(f"damaged: {hint}")
-    return 1 if unreadable or mending else 0
+    return 1 if unreadable or fixes else 0
 
 
 def _print_hint(hint: str) -> None:
@@ -343,7 +343,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
     """`runner stop`."""
     from runner.view.logs import stop_runs
 
-    return stop_runs(select_anew(arguments, arguments.paths, prefer="run"))
+    return stop_runs(select_uncached(arguments, arguments.paths, prefer="run"))
 
 
 def run_compare(arguments: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def select(
     return selected
 
 
-def select_anew(
+def select_uncached(
     arguments: argparse.Namespace, paths: Sequence[str], prefer: Prefer = "recipe"
 ) -> list[Selected]:
     """Like `select_recipes`, parsing each recipe without the cache."""

@@ -192,7 +192,7 @@ class Devices:
             return self.allocation.place(num_processes)
         return Placement(num_processes, None, num_cores)
 
-    def give_back(self, placement: Placement) -> None:
+    def release(self, placement: Placement) -> None:
         """Undo `take`."""
         if placement.devices is not None and self.gpus is not None:
             for gpu in placement.devices:

@@ -42,9 +42,9 @@ from runner.processes import (
     leave_room_for_owners,
 )
 from runner.recipe.identity import (
+    forget_versions,
     list_library_versions,
     load_launch_settings,
-    look_again_at_versions,
 )
 from runner.recipe.libraries import find_unused_libraries
 from runner.recipe.parse import Recipe
@@ -126,18 +126,18 @@ class Worker:
         Raises:
             OSError: it cannot be started.
         """
-        look_again_at_versions()
+        forget_versions()
         versions, sources = list_library_versions(), _list_sources()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_ANSWER_SECONDS)
         output = os.fdopen(os.memfd_create("worker's output"), "w+b")
         environment = command.derive_environment(os.environ)
-        told = {OWNER_VARIABLE: leave_room_for_owners(f"worker of process {os.getpid()}")}
+        variables = {OWNER_VARIABLE: leave_room_for_owners(f"worker of process {os.getpid()}")}
         with theirs:
             try:
                 popen = subprocess.Popen(
                     [*key.argv, "-m", "runner.sft.worker", *key.imports.hidden],
-                    env={**_FOR_IMPORTS, **environment, **told},
+                    env={**_FOR_IMPORTS, **environment, **variables},
                     stdin=theirs.fileno(),
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -180,7 +180,7 @@ class Worker:
         """The reason why a new worker is needed, such as a changed library or source; else None."""
         if not self.is_alive():
             return "it has ended"
-        look_again_at_versions()
+        forget_versions()
         if (versions := list_library_versions()) != self.versions:
             return f"{_list_differences(self.versions, versions)} was installed meanwhile"
         sources = _list_sources()

@@ -230,7 +230,7 @@ def _hash_numbers(numbers: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", numbers).tobytes(), digest_size=16).digest()
 
 
-def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
+def summarize_rows(facts: Sequence[RowFacts]) -> SplitFacts:
     """The facts of a split, from those of its rows, dropped ones included."""
     used = [fact for fact in facts if fact.is_used]
     lengths = sorted(fact.num_tokens for fact in used)

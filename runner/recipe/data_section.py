@@ -193,7 +193,7 @@ class DataSection(Section):
     )
 
     @model_validator(mode="after")
-    def _groups_by_what_is_read(self) -> Self:
+    def _check_group_column(self) -> Self:
         if self.group_column is not None and self.group_column in self.ignore:
             raise ValueError(
                 f"`ignore` leaves out the column `{self.group_column}` that `group_column` names"

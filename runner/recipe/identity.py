@@ -140,7 +140,7 @@ def list_library_versions() -> dict[str, str]:
     return dict(_read_library_versions())
 
 
-def look_again_at_versions() -> None:
+def forget_versions() -> None:
     """Clear the cached versions: a sweep lasts for weeks, and an upgrade takes effect at the next
     attempt.
     """

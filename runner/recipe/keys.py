@@ -275,10 +275,10 @@ def _build_tag_key(schema: Node, prop: Node, path: str, tag: str) -> Key:
         value = say_yaml(definition["properties"][tag]["const"])
         choices[value] = first_sentence(definition.get("description", ""))
     _, shown, _ = _list_sections(schema, prop)[1]
-    beside = {}
+    required = {}
     for name in shown["required"]:
         if name != tag:
-            beside[f"{path}.{name}"] = _choose_example(schema, shown["properties"][name])
+            required[f"{path}.{name}"] = _choose_example(schema, shown["properties"][name])
     default = prop.get("default")
     return Key(
         f"{path}.{tag}",
@@ -288,7 +288,7 @@ def _build_tag_key(schema: Node, prop: Node, path: str, tag: str) -> Key:
         None if default is None else default[tag],
         choices,
         example=shown["properties"][tag]["const"],
-        example_keys=beside,
+        example_keys=required,
     )
 
 

@@ -92,7 +92,7 @@ class Recipe(Section):
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
-    def _combines_only_what_works(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.quantization.method != "none" and self.adapter.method == "none":
             raise ValueError(
                 "quantised weights cannot be trained:"

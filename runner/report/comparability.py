@@ -349,9 +349,9 @@ def _flag_not_converged(arms: Arms) -> str:
     return f"perhaps not converged: the best step is the last one in {counts}"
 
 
-def _count_in_arms(arms: Arms, is_so: Callable[[ReportRow], bool]) -> str:
+def _count_in_arms(arms: Arms, condition: Callable[[ReportRow], bool]) -> str:
     """A text such as `2 of 3 runs of loss=full and 0 of 3 of loss=completion`."""
-    counts = [(sum(map(is_so, runs)), len(runs)) for runs in arms.sides]
+    counts = [(sum(map(condition, runs)), len(runs)) for runs in arms.sides]
     (first, of_first), (second, of_second) = counts
     names = arms.names
     return (

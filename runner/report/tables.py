@@ -438,7 +438,7 @@ def format_tex(report: Report) -> str:
     parts = ["% Tables of `runner report`; needs \\usepackage{booktabs}"]
     for metric in report.metrics:
         of_metric = [one for one in report.effects if one.metric.name == metric.name]
-        if any(_list_told(one) for one in of_metric):
+        if any(_list_reported(one) for one in of_metric):
             parts.append(_draw_effects_tex(metric, of_metric, list_constant_axes(report.rows)))
     if report.cells:
         parts.append(_draw_cells_tex(report))
@@ -456,7 +456,7 @@ def _draw_effects_tex(
         sides = f"{axis_text(effects.reference)} to {axis_text(effects.compared)}"
         flags = list_flags(effects.shown, constant)
         notes += [f"{effects.axis}, {sides}: {flag}" for flag in flags]
-        for effect in _list_told(effects):
+        for effect in _list_reported(effects):
             names = (effect.axis, sides, name_scope(effect, constant))
             lines.append([*map(escape_tex, names), *_write_effect_tex(effect)])
             notes += [f"{', '.join(names)}: refused: {reason}" for reason in effect.refused]
@@ -473,7 +473,7 @@ def _draw_effects_tex(
     return f"{table}\n{_draw_notes_tex(dict.fromkeys(notes))}" if notes else table
 
 
-def _list_told(effects: AxisEffects) -> list[Effect]:
+def _list_reported(effects: AxisEffects) -> list[Effect]:
     """Effects with a number or a refusal, without those of single runs."""
     numbers = list_numbers(effects)
     return [one for one in effects.shown if one.refused or one in numbers]

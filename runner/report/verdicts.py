@@ -17,7 +17,7 @@ from runner.report.wording import name_some
 
 _ALPHA: Final = 0.05  # the same as in `Effect.is_clear`
 _MAX_LEVELS: Final = 6  # of another axis, with a sentence each
-_MAX_TOLD: Final = 8  # exploratory contrasts with all their numbers
+_MAX_DESCRIBED: Final = 8  # exploratory contrasts with all their numbers
 _MAX_NAMED: Final = 8
 
 
@@ -41,9 +41,9 @@ def write_verdicts(report: Report) -> list[str]:
     writer = _Writer(with_grid=len({grid for grid, _ in places}) > 1, with_task=len(places) > 1)
     declared = [one for one in report.effects if one.is_declared]
     others = [one for one in report.effects if not one.is_declared]
-    sentences = [text for one in declared for text in writer.tell_all(one)]
-    sentences += writer.tell_others(others)
-    sentences += _tell_single_seeds(report)
+    sentences = [text for one in declared for text in writer.describe_all(one)]
+    sentences += writer.describe_others(others)
+    sentences += _describe_single_seeds(report)
     return list(dict.fromkeys(sentences))
 
 
@@ -51,7 +51,7 @@ class _Writer:
     def __init__(self, *, with_grid: bool, with_task: bool) -> None:
         self._with_grid, self._with_task = with_grid, with_task
 
-    def tell_all(self, one: AxisEffects) -> list[str]:
+    def describe_all(self, one: AxisEffects) -> list[str]:
         """The sentences of a contrast, with every number that answers it."""
         name = self._name(one)
         if not one.main:
@@ -68,25 +68,25 @@ class _Writer:
         flags = dict.fromkeys(flag for effect in one.main for flag in effect.flags)
         return sentences + [f"{flag}." for flag in flags if questions_the_axis(flag)]
 
-    def tell_others(self, effects: Sequence[AxisEffects]) -> list[str]:
+    def describe_others(self, effects: Sequence[AxisEffects]) -> list[str]:
         """Sentences on exploratory contrasts; those that are unclear are only named."""
         clear, unclear = [], []
         refused: dict[str, list[str]] = {}
         for one in effects:
             with_seeds = [effect for effect in one.main if effect.is_of_seeds]
-            is_told = any(
+            is_described = any(
                 effect.is_clear or (effect.interval and effect.interval.kind == "identical")
                 for effect in with_seeds
             )
-            if one.depends_on or is_told or any(effect.depends_on for effect in one.main):
+            if one.depends_on or is_described or any(effect.depends_on for effect in one.main):
                 clear.append(one)
             elif with_seeds:
                 unclear.append(self._name_values(one))
             elif reasons := _list_reasons(one):
                 values = f"{self._name(one)} ({_describe_values(one)})"
                 refused.setdefault(reasons[0], []).append(values)
-        sentences = [text for one in clear[:_MAX_TOLD] for text in self.tell_all(one)]
-        if more := [self._name_values(one) for one in clear[_MAX_TOLD:]]:
+        sentences = [text for one in clear[:_MAX_DESCRIBED] for text in self.describe_all(one)]
+        if more := [self._name_values(one) for one in clear[_MAX_DESCRIBED:]]:
             sentences.append(
                 f"Also clear, or dependent on another axis (effects table): {_name_some(more)}."
             )
@@ -159,27 +159,29 @@ def _describe(effect: Effect) -> str:
     details = f"{bounds}, {_describe_runs(effect)}, {_describe_p(effect)}"
     mean = f", mean over {len(effect.pairs)} pairs of cells" if len(effect.pairs) > 1 else ""
     if effect.is_clear:
-        told = f"{better} is better than {worse} by {size}{place}{mean} ({details})"
+        sentence = f"{better} is better than {worse} by {size}{place}{mean} ({details})"
         if effect.is_below_noise and effect.noise_floor is not None:
-            told += (
+            sentence += (
                 "; this is below the noise floor: two single runs of one recipe differ by less than"
                 f" {effect.noise_floor:.{digits}f} in 95% of cases"
             )
     else:
-        told = (
+        sentence = (
             f"no clear difference between {first} and {second}{place}{mean}: the estimate favors"
             f" {better} by {size} ({details}){_explain_unclear(effect)};"
             " this does not show that they are equal"
         )
     if effect.depends_on:
-        told += f"; it is a mean over {' and '.join(effect.depends_on)}, on which it also depends"
+        sentence += (
+            f"; it is a mean over {' and '.join(effect.depends_on)}, on which it also depends"
+        )
     if effect.equivalence is not None:
-        told = _add_margin(told, effect, effect.equivalence, digits)
+        sentence = _add_margin(sentence, effect, effect.equivalence, digits)
     if interval.note:
-        told += f"; {interval.note}"
+        sentence += f"; {interval.note}"
     if interval.has_few_groups:
-        told += f"; few groups of rows ({interval.num_groups})"
-    return told
+        sentence += f"; few groups of rows ({interval.num_groups})"
+    return sentence
 
 
 def _explain_unclear(effect: Effect) -> str:
@@ -206,25 +208,26 @@ def _explain_unclear(effect: Effect) -> str:
     return ""
 
 
-def _add_margin(told: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:
+def _add_margin(sentence: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:
     """The sentence on an effect, extended by the result for the declared margin."""
     interval = effect.interval
     assert interval is not None and interval.half_width is not None
     margin = f"{equivalence.margin:g}"
     if effect.is_clear and abs(interval.estimate) - interval.half_width > equivalence.margin:
-        return f"{told}; this exceeds the declared margin of {margin}"
+        return f"{sentence}; this exceeds the declared margin of {margin}"
     low, high = equivalence.interval
     if interval.estimate < 0:  # like the size above: by how much the better value is better
         low, high = -high, -low
     level = f"{equivalence.level * 100:.4g}%"
     ends = f"{level} interval of the difference {low:.{digits}f} to {high:.{digits}f}"
     if equivalence.is_shown:
-        told = told.removesuffix("; this does not show that they are equal")
+        sentence = sentence.removesuffix("; this does not show that they are equal")
         unit = effect.metric.unit
         return (
-            f"{told}; the two are equivalent within the declared margin of {margin} {unit} ({ends})"
+            f"{sentence}; the two are equivalent within the declared margin of {margin} {unit}"
+            f" ({ends})"
         )
-    return f"{told}; equivalence within {margin} is not shown ({ends})"
+    return f"{sentence}; equivalence within {margin} is not shown ({ends})"
 
 
 def _describe_unit(effect: Effect) -> str:
@@ -276,7 +279,7 @@ def _choose_digits(half_width: float) -> int:
     return digits
 
 
-def _tell_single_seeds(report: Report) -> list[str]:
+def _describe_single_seeds(report: Report) -> list[str]:
     """A sentence for each grid whose seeds are too few for a verdict."""
     sentences = []
     for grid in dict.fromkeys(one.grid for one in report.effects):

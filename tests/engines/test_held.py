@@ -311,7 +311,7 @@ def test_each_held_run_is_named_once(fake: FakeLauncher) -> None:
     held = HeldRuns()
     for one in select_recipes(["recipes/toy"], Path("runs")):
         held.add(Launch(one, {}, 1))
-        said = held.describe_untold()
+        said = held.describe_unreported()
         assert said is not None and said.startswith("waiting for 1 run that another sweep holds")
         assert said.count("toy/") == 1 and one.full_name in said
-    assert held.describe_untold() is None
+    assert held.describe_unreported() is None

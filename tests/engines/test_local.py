@@ -113,12 +113,12 @@ def test_devices_give_a_run_the_cores_of_its_share() -> None:
     both = devices.take(2)
     assert both == Placement(2, ("0", "1"), 2 * max(1, cores // 2))
     assert devices.take(1) is None
-    devices.give_back(both)
+    devices.release(both)
     assert devices.take(1) == Placement(1, ("0",), max(1, cores // 2))
     slots = Devices(1)
     slot = slots.take(4)
     assert slot == Placement(4, None, cores) and slots.take(1) is None
-    slots.give_back(slot)
+    slots.release(slot)
     assert slots.take(1) is not None
 
 

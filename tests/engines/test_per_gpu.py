@@ -168,7 +168,7 @@ def test_places_on_gpus() -> None:
     assert devices.take(2) is None, "one place, on one GPU"
     last = devices.take(1)
     assert last == place(1, "1") and devices.take(1) is None
-    devices.give_back(one)
+    devices.release(one)
     assert devices.take(2) is None and devices.take(1) == one
 
 

@@ -268,7 +268,7 @@ def test_a_worker_that_lives_goes_on_when_another_one_has_failed(fake: FakeLaunc
         assert failing is not None and not workers.begin(failing)
         assert len(said) == 1 and "the worker has ended" in said[0]
         assert workers.start(key, command) is None, "a third one would fail too"
-        workers.give_back(living)
+        workers.release(living)
         assert workers.take(key) is living and len(said) == 1
     finally:
         living.end()

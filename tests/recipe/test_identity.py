@@ -283,7 +283,7 @@ def test_an_older_recipe_json_is_read_and_hashed_by_the_same_table(tmp_path: Pat
     stored = load_stored_recipe(paths)
     assert stored is not None and (stored.recipe, stored.rules) == (recipe, 1)
     assert stored.find_other_digest() == []
-    assert stored.digest_today == derive_digest(recipe, {"data.jsonl": "1"}) != digest
+    assert stored.current_digest == derive_digest(recipe, {"data.jsonl": "1"}) != digest
 
 
 def test_the_rules_of_rows_and_masks_are_part_of_the_digest_from_2_on() -> None:

@@ -56,10 +56,10 @@ def bring_rules_up_to_date(run_dir: Path) -> None:
         return
     for path in (paths.recipe_path, paths.result_path):
         if path.exists():
-            path.write_text(path.read_text().replace(stored.recipe_digest, stored.digest_today))
+            path.write_text(path.read_text().replace(stored.recipe_digest, stored.current_digest))
     content = json.loads(paths.recipe_path.read_text())
     paths.recipe_path.write_text(json.dumps({**content, "rules": RULES}))
-    digests = {stored.recipe_digest: stored.digest_today}
+    digests = {stored.recipe_digest: stored.current_digest}
     for path in paths.checkpoints_dir.rglob("COMMITTED.json"):
         bring_marker_up_to_date(path, digests)
     for path in paths.checkpoints_dir.glob("*.zip"):

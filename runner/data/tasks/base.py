@@ -334,9 +334,9 @@ class Leftovers:
             message = f"{self._refused[names[0]]} is {task}"
         else:
             message = "\n  ".join([f"these are {task}:", *self._refused.values()])
-        raise UnusedColumnsError(message, names, hint=self._name_ways_on(names))
+        raise UnusedColumnsError(message, names, hint=self._suggest_uses(names))
 
-    def _name_ways_on(self, names: tuple[str, ...]) -> str:
+    def _suggest_uses(self, names: tuple[str, ...]) -> str:
         ways = [f"`data.ignore: [{', '.join(names)}]` leaves what you do not need out of the rows"]
         # Braces hold identifiers only.
         column = next((name for name in names if name.isidentifier()), None)

@@ -57,7 +57,7 @@ class PromptTask(Task):
     )
 
     @model_validator(mode="after")
-    def _names_what_may_be_asked(self, info: ValidationInfo) -> Self:
+    def _check_placeholders(self, info: ValidationInfo) -> Self:
         if is_stored(info):
             return self
         if self.prompt is not None:
