@@ -1,5 +1,5 @@
-"""A function of the project runs in a process of its own, sees nothing of the environment but its
-arguments, and ends by limits that name the line.
+"""A function of the project runs in its own process, sees nothing of the environment but its
+arguments, and is ended by limits; the error names the line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def open_source(
     text: str, others: Mapping[str, str] | None = None, **settings: Any
 ) -> FunctionProcess:
-    """`build` of a text, in a process of its own."""
+    """The function `build` of a source text, in its own process."""
     return FunctionProcess({"rows.py": text, **(others or {})}, "rows.py", "build", **settings)
 
 

@@ -1,5 +1,5 @@
-"""One decision: each way in which checkpoints can be damaged, with the step that is resumed, what
-is moved aside for it and why, and the verdict on every checkpoint.
+"""The choice of a checkpoint: each way in which checkpoints can be damaged, with the step that is
+resumed, the checkpoints that are moved aside and why, and the verdict on every checkpoint.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def contents(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
 def decide(
     paths: RunPaths, wanted: Wanted = "auto", *, has_run_out_of_memory: bool = False, **changed: Any
 ) -> Choice:
-    """Every checkpoint is judged, every byte read; what is unpacked goes beside the run."""
+    """The choice, with every byte of every checkpoint read; archives are unpacked next to it."""
     scratch_dir = paths.run_dir.with_name("scratch")
     policy = Policy(
         Verification(paths, LIMITS, scratch_dir),

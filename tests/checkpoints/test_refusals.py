@@ -464,7 +464,7 @@ def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(
 
 
 def test_a_start_is_refused_under_the_lease_too(fake: FakeLauncher) -> None:
-    """As by an engine whose plan is older than what another launch has done meanwhile."""
+    """The plan of an engine can be older than another launch."""
     from runner.recipe.parse import load_recipe
 
     paths = interrupt_fake(fake, "a", num_processes=2)

@@ -1,5 +1,5 @@
-"""Uploads beside training: what is committed arrives, limits hold there too, and no place can stop
-or hang a run.
+"""Uploads during training: committed checkpoints arrive, limits apply there too, and no place can
+stop or hang a run.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def complete(name: str) -> None:
 
 @pytest.fixture
 def say(folder: Path, capsys: pytest.CaptureFixture[str]) -> Say:
-    """`runner ARGUMENTS`: the exit code, and what it printed."""
+    """Run `runner ARGUMENTS`; the exit code and the output."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -388,7 +388,7 @@ def test_a_result_that_is_lost_is_damage_and_trains_nothing(
 
 
 def forget_end(name: str) -> None:
-    """The run as it was before its trainer wrote the result and its launcher the end."""
+    """Restore the run from before training wrote the result and its launcher the end."""
     paths = paths_of(name)
     paths.result_path.unlink()
     (attempt,) = load_json(paths.record_path)["attempts"]

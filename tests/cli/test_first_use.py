@@ -1,4 +1,4 @@
-"""The first hour of somebody new: what is missing, mistyped or in the wrong place is said in words,
+"""The first hour of a new user: a message names everything missing, mistyped or in the wrong place,
 before anything is started or moved.
 """
 

@@ -1,4 +1,4 @@
-"""The command line: fast, without torch, exit codes, errors in words, output for people and for
+"""The command line: fast, without torch, exit codes, clear errors, output for people and for
 scripts.
 """
 

@@ -1,5 +1,5 @@
-"""A command works in the project of what it names, wherever it is started: it reads the same files,
-writes to the same runs, and prints commands that can be pasted where the user is.
+"""A command works in the project of its arguments, no matter where it is started: it reads the same
+files, writes to the same runs, and prints commands that can be pasted in the user's folder.
 """
 
 from __future__ import annotations

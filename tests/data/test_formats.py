@@ -1,5 +1,5 @@
-"""Reading data files: what spreadsheets and other tools write is read, what is damaged is refused
-in words.
+"""Reading data files: files of spreadsheets and other tools are read, damaged ones are refused with
+a clear error.
 """
 
 from __future__ import annotations

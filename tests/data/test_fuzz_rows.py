@@ -1,4 +1,4 @@
-"""Whatever stands in a data file: rows of conversations, or a refusal in words that says where;
+"""Random content of a data file gives rows of conversations, or a refusal that names the place;
 never a traceback.
 """
 

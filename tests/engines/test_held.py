@@ -136,7 +136,7 @@ def test_a_run_that_the_other_sweep_completes_counts_as_such(fake: FakeLauncher)
 
 
 def start_both_pushing(fake: FakeLauncher, hub: FakeHub) -> tuple[Sweep, Sweep]:
-    """As `start_both`, once the sweep that holds `b` has completed it and is pushing it."""
+    """As `start_both`, but the sweep that holds `b` has completed it and is pushing it."""
     add(fake, "b")
     fake.add("a", told="wait")
     fake.tell("b", "wait complete model")

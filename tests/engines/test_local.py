@@ -1,5 +1,5 @@
-"""Sweeps over real processes: how many at a time, on which devices, and what is left when one is
-stopped or killed.
+"""Sweeps over real processes: the number of simultaneous runs, their devices, and the remains of a
+stopped or killed sweep.
 """
 
 from __future__ import annotations
@@ -439,7 +439,7 @@ def test_dry_run_touches_nothing(fake: FakeLauncher, capsys: pytest.CaptureFixtu
 
 def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
     """The record of `b` cannot be written, as on a full disk: `a`, which runs, and `c`, which
-    waits, go on.
+    waits, continue.
     """
     fake.add("a", told="wait")
     fake.add("b", "c")

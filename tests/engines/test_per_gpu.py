@@ -1,5 +1,5 @@
-"""`--gpus` and `--per-gpu` of sweeps: which GPU each run gets, and what is refused before anything
-starts, in a dry run as in a real one.
+"""`--gpus` and `--per-gpu` of sweeps: the GPU of each run, and refusals before anything starts, in
+dry runs and real ones.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_its_tasks_are_told_to_score_the_base_themselves(tmp_path: Path) -> None
 
 
 class Job:
-    """One task of a script, executed by bash, with a `runner` that does as it is told."""
+    """One task of a script, executed by bash, with a scripted `runner`."""
 
     def __init__(self, root: Path, *, code: int, end_at: str = "") -> None:
         self.notes = root / "notes"

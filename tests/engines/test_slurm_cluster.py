@@ -1,4 +1,4 @@
-"""Sweeps on a real Slurm: each run is executed once, whatever happens to jobs, daemons and
+"""Sweeps on a real Slurm: each run is executed once, despite failures of jobs, daemons and
 machines.
 """
 
@@ -46,8 +46,8 @@ def use(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def submissions(fake: FakeLauncher, output_root: str = "runs") -> list[dict[str, Any]]:
-    """The submissions below an output root, in the order of the cluster's job numbers: two
-    folders of one second are told apart by a random name.
+    """The submissions below an output root, in the order of the cluster's job numbers: two folders
+    of one second differ in a random name.
     """
     found = map(load_json, fake.root.glob(f"{output_root}/.slurm/*/submission.json"))
     return sorted(found, key=lambda one: int(one["job"] or 0))
@@ -149,7 +149,7 @@ def test_a_queued_run_whose_recipe_has_changed_is_refused(
 def test_a_changed_run_that_is_queued_is_not_moved(
     slurm: LocalSlurm, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its task would find the directory gone, and begin with the recipe of before."""
+    """Otherwise its task would not find the directory, and would start the old recipe."""
     fake.add("a", told="exit 1")
     assert main(["sweep", "recipes/toy"]) == 1
     fake.tell("a", "complete")

@@ -1,5 +1,5 @@
-"""`runner init`: what it makes works at once, fits the rows and models given, and is all there or
-not at all.
+"""`runner init`: the project works immediately, fits the given rows and models, and is complete or
+absent.
 """
 
 from __future__ import annotations
@@ -483,9 +483,7 @@ def test_an_empty_folder_is_filled_where_it_stands(
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_nothing(exists: bool, place: Path) -> None:
-    """A limit on the size of files stands for the disk: the data sample is larger, and is copied
-    late.
-    """
+    """A limit on file sizes replaces the full disk: the data sample is larger, and comes late."""
     if exists:
         (place / "study").mkdir()
     before = sorted(place.rglob("*"))

@@ -73,7 +73,7 @@ def test_commands_of_committed_recipes() -> None:
 
 
 def test_the_experiment_is_not_on_the_command_line() -> None:
-    """One knob, one owner: whatever the recipe says of the experiment, the command is the same."""
+    """Each setting has one owner: the command is the same for every experiment."""
     command = build(parse(), Path("runs/toy/base"), Placement(3))
     changes = [
         "training.learning_rate=9",

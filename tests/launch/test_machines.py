@@ -1,5 +1,5 @@
-"""Several machines of one run: what Slurm must have given, what is started there, and what is
-refused elsewhere.
+"""Several machines of one run: the facts that Slurm must give, the processes on each machine, and
+refusals elsewhere.
 """
 
 from __future__ import annotations

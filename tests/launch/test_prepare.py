@@ -1,5 +1,5 @@
 """The files written before an attempt starts: another experiment is refused, `--fresh` moves a run
-aside, `--prepare` writes its command, and what was declared before the first attempt stays.
+aside, `--prepare` writes its command, and declarations from before the first attempt stay.
 """
 
 from __future__ import annotations

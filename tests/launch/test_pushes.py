@@ -153,7 +153,7 @@ def test_a_launch_whose_push_fails_has_not_failed(
 
 
 def export(fake: FakeLauncher, *arguments: str) -> tuple[int, str, str]:
-    """`runner export` in a process of its own: the hub's address is read at an import."""
+    """`runner export` in its own process, because the hub's address is read at an import."""
     return finish(fake.start("export", *arguments))
 
 

@@ -1,5 +1,5 @@
-"""`runner launch --repair` on the launch side: what is refused, what is recorded, and that no
-trainer is believed that says all is well.
+"""`runner launch --repair` on the launch side: refusals, records, and a check of the result even if
+the training process reports success.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Sweeps that fork their runs from workers, over real processes: which runs, from which worker, and
-what is left when somebody is stopped or killed.
+"""Sweeps that fork their runs from workers, over real processes: the forked runs, their workers,
+and the remains after a stop or a kill.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def list_starts(fake: FakeLauncher, name: str) -> list[tuple[str, str | None]]:
 
 
 def watch(*pids: int) -> list[int]:
-    """Descriptors that tell of the end of processes that are alive now."""
+    """Descriptors that become readable when the living processes end."""
     return [os.pidfd_open(pid) for pid in pids]
 
 
@@ -351,8 +351,8 @@ def test_a_killed_run_does_not_take_its_worker_with_it(fake: FakeLauncher) -> No
 
 
 def start_with_idle_worker(fake: FakeLauncher) -> tuple[subprocess.Popen[str], int]:
-    """A sweep of which `a` is done, `b` waits, and `c` is to be forked from a worker that has
-    nothing to do meanwhile.
+    """A sweep in which `a` is done, `b` waits, and `c` is going to be forked from a worker that is
+    idle meanwhile.
     """
     fake.add("a")
     add_wandb(fake, "b", told="wait")

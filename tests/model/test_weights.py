@@ -240,7 +240,7 @@ def test_sets_of_the_adapter_config_are_written_in_order(tmp_path: Path) -> None
 def test_an_export_does_not_say_how_its_tokenizer_was_loaded(
     tmp_path: Path, tiny_model: Callable[[str], Path], is_offline: bool
 ) -> None:
-    """Else a repair under another HF_HUB_OFFLINE would write other bytes."""
+    """Otherwise a repair under another HF_HUB_OFFLINE would write other bytes."""
     saved = AutoTokenizer.from_pretrained(tiny_model("gemma"), local_files_only=is_offline)
     saved.save_pretrained(tmp_path)
     drop_loading_options(tmp_path)

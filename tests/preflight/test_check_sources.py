@@ -1,6 +1,4 @@
-"""`runner check` on the layouts in which people keep rows: what is read, what is told, what is
-refused.
-"""
+"""`runner check` on common layouts of data files: which are read, reported or refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`runner masks`: what it shows as seen and trained is what the trainer is given, and no row can
-act on the reader.
-"""
+"""`runner masks`: the view equals the input of training, and no row can act on the reader."""
 
 from __future__ import annotations
 
@@ -116,7 +114,7 @@ def test_no_row_can_act_on_a_page_or_a_terminal(hostile: Project) -> None:
 
 
 def test_the_command_line(hostile: Project, tiny_model: Callable[[str], Path]) -> None:
-    """Without weights: nothing but the tokenizer is loaded."""
+    """Only the tokenizer is loaded, no weights."""
     bare = hostile.root / "bare"
     shutil.copytree(tiny_model("gemma"), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     arguments = ("masks", "recipe.yaml", "model.path=bare")

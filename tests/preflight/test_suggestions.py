@@ -1,5 +1,5 @@
-"""`runner check` suggests larger batches where the memory of a device is known, and nothing else;
-what it prints for a template keeps every global batch.
+"""`runner check` suggests larger batches if the memory of a device is known, and not otherwise; the
+lines for a template keep every global batch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The trainer starts with everything that `runner check` accepts: the check builds the trainer's
-own configuration, optimizer, schedule and data loader, and names the recipe key if it cannot.
+"""TRL's trainer starts with everything that `runner check` accepts: the check builds the real
+configuration, optimizer, schedule and data loader, and names the recipe key if it cannot.
 """
 
 from __future__ import annotations

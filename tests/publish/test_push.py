@@ -1,5 +1,5 @@
-"""Pushing a folder to a hub that listens on loopback: what arrives, what is refused, and that no
-token is shown.
+"""Pushing a folder to a hub on the loopback interface: uploads, refusals, and no token in any
+output.
 """
 
 from __future__ import annotations

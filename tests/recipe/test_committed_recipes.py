@@ -62,9 +62,9 @@ def test_committed_recipes_load_under_their_own_names(grid: str) -> None:
 
 
 def test_committed_recipes_keep_their_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a run of yesterday would be another experiment today. The second number is of what else
-    must be equal for a checkpoint to be resumed, except versions; both are of 0.1.0, which drew
-    and masked rows by rules 1.
+    """Otherwise existing runs would become other experiments. The second number covers everything
+    else that must be equal for a checkpoint to be resumed, except versions; both are of 0.1.0,
+    which drew and masked rows by rules 1.
     """
     monkeypatch.chdir(ROOT)
     lines = []

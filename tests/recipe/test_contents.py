@@ -1,4 +1,6 @@
-"""Files that a recipe names: known by what they hold, hashed once, missed by name."""
+"""Files that a recipe names: identified by their content, hashed once, reported by name if they are
+missing.
+"""
 
 from __future__ import annotations
 

@@ -139,8 +139,8 @@ def list_keys(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def propose(annotation: Any) -> Iterator[Any]:
-    """Values that an annotation may admit, several of each type, so that one differs from what is
-    there.
+    """Values that an annotation may admit, several of each type, so that one differs from the
+    present value.
     """
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -230,8 +230,8 @@ def test_every_key_but_the_placement_makes_another_experiment() -> None:
 
 
 def test_a_key_that_was_added_enters_the_digest_only_with_another_value() -> None:
-    """Else runs of before would be other experiments; that other values enter, the test above
-    shows of every key.
+    """Otherwise earlier runs would be other experiments. The test above shows for every key that
+    other values enter.
     """
     left_out, recipes = set(), [parse(*overrides) for overrides in KINDS]
     for recipe in recipes:

@@ -260,7 +260,7 @@ def test_a_text_may_hold_what_would_be_a_reference() -> None:
 
 
 def test_what_is_written_of_a_recipe_reads_as_the_same_one() -> None:
-    """As a submission to Slurm and an override of a stored run need it."""
+    """Submissions to Slurm and overrides of stored runs rely on this."""
     for prompt in (r"\${oc.env:HOME} {document}", r"\\\${a} \ {document}", "é {document}\n???"):
         recipe = parse(text=edit('"Sum up: {document}"', json.dumps(prompt, ensure_ascii=False)))
         assert parse(text=dump_recipe(recipe)) == recipe

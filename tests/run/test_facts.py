@@ -55,7 +55,7 @@ sys.exit(code)
 
 @pytest.fixture
 def paths(fake: FakeLauncher) -> RunPaths:
-    """A run whose launcher was killed after its trainer failed: every kind of file is there."""
+    """A run whose launcher was killed after training failed; every kind of file exists."""
     fake.add("a")
     paths = interrupt(load_recipe(Path(RECIPE)), fake.paths("a"))
     files = paths.attempt(1)

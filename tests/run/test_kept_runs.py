@@ -1,13 +1,13 @@
-"""Run directories of every state and damage, as version 0.1.0 wrote them, and what is said of them.
+"""Run directories of every state and damage, as version 0.1.0 wrote them, and the output of the
+verbs about them.
 
 `tests/golden/kept_runs/runs.zip` is a project folder of 57 runs: completed, killed, preempted,
 failed of each kind, changed, unreadable, with checkpoints that are damaged, stripped, archived,
-renamed or of another launch. Their answers are kept as they were printed; `UPDATE_GOLDEN=1`
-rewrites the answers, never the runs.
+renamed or of another launch. The output is kept as it was printed; `UPDATE_GOLDEN=1` rewrites the
+output, never the runs.
 
-The rows of these runs were drawn by rules 1, which no later runner resumes: their answers as
-they are are in `rules_1.json`. All other answers are of the same runs with today's
-rules in their records.
+The rows of these runs were drawn by rules 1, which no later runner resumes; the output for them is
+in `rules_1.json`. All other output is of the same runs with today's rules in their records.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def select_numbers(said: str) -> str:
 def test_runs_of_rules_1_stay_completed_and_what_has_a_checkpoint_is_changed(
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing else is said otherwise: what has no checkpoint starts at step 0 anyway."""
+    """Nothing else changes: runs without a checkpoint start at step 0 anyway."""
     assert main(["status", "--json"]) == 1
     now: list[Any] = json.loads(capsys.readouterr().out)
     lines = [f"{one['grid']}/{one['name']}  {one['state']}: {one['why']}\n" for one in now]

@@ -141,7 +141,7 @@ def test_a_result_that_was_edited_is_named(paths: RunPaths) -> None:
 
 
 def write_export(paths: RunPaths) -> None:
-    """The export that was recorded, beside the model."""
+    """Write the recorded export next to the model."""
     for name, content in MODEL_FILES.items():
         target = paths.model_partial_dir / name.removeprefix("model/")
         target.parent.mkdir(exist_ok=True)

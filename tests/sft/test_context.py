@@ -1,4 +1,4 @@
-"""A trainer looks at the run that it is to train before it does anything."""
+"""A training process checks its run before it does anything."""
 
 from __future__ import annotations
 

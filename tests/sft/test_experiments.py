@@ -54,7 +54,7 @@ ON_TWO_RANKS: Final = tuple(FORCED_BY_CPU)[1:3]
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe, the tiny family that stands for its model, and what makes it small."""
+    """A recipe, the tiny family that replaces its model, and the overrides that make it small."""
 
     recipe: str
     family: str
@@ -318,7 +318,7 @@ def test_it_keeps_the_checkpoints_that_the_recipe_asks_for(finished: Finished) -
     indirect=True,
 )
 def test_it_ended_as_a_run_that_a_sweep_left_alone(finished: Finished) -> None:
-    """That one is started warm where it can be, so not under DeepSpeed."""
+    """The undisturbed run starts warm if it can, so not under DeepSpeed."""
     project = finished.project
     recipe = project.write_recipe("left-alone.yaml", *finished.overrides)
     swept = project.cli("sweep", recipe)

@@ -1,5 +1,5 @@
-"""Answers are those of plain greedy decoding, whatever the batch, and nothing of the model or the
-dice is changed.
+"""Answers are those of plain greedy decoding, for any batch, and neither the model nor the random
+states change.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def test_a_run_answers_in_batches_of_their_own_or_as_it_scores(
 
 
 def test_an_answer_ends_with_the_turn(load: Callable[[str], Loaded]) -> None:
-    """A model that always says one token: any other goes on to the limit, the end of turn ends at
-    once.
+    """The model always says one token: any other token continues to the limit, the end of turn
+    stops immediately.
     """
     model, tokenizer, rows = load("gemma")
     end_of_turn, word = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "▁the"])

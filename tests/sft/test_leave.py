@@ -1,5 +1,5 @@
-"""The end of a trainer: nothing that was written gets lost when it leaves without taking the
-interpreter apart, and it does not where somebody works while the interpreter ends.
+"""The exit of a training process: nothing that was written gets lost if it exits without the
+interpreter's teardown, and it does not exit so if other work needs the teardown.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def move(hub: MovingHub, project: Project) -> None:
 def test_an_attempt_after_the_branch_moved_loads_what_the_first_one_did(
     project: Project, hub: MovingHub
 ) -> None:
-    """Cold, then warm; and a new run of the same names is another experiment, and told to be."""
+    """Cold, then warm; a new run of the same names is another experiment, and reported as such."""
     environment = hub.environment(project.root / "cache")
     whole = launch(project, "whole", *OVERRIDES, environment=environment)
     adapter = load_json(whole.model_dir / "adapter_config.json")

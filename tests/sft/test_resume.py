@@ -73,9 +73,7 @@ def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(
 
 
 def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
-    """One run, killed five times; each attempt goes on where the last one left a whole
-    checkpoint.
-    """
+    """One run, killed five times; each attempt resumes from the last whole checkpoint."""
     name, overrides = "killed-often", RUNS["gemma-lora"]
     paths = launch_killed_at(
         finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json"
@@ -141,7 +139,7 @@ def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(finished: Pro
 def test_a_checkpoint_of_other_rows_is_not_continued_and_nothing_is_changed(
     finished: Project,
 ) -> None:
-    """As where a library or a data set on the hub changed between two attempts."""
+    """This happens if a library or a data set on the hub changed between two attempts."""
     name, overrides = "other-rows", RUNS["gemma-lora"]
     paths = copy_unfinished(finished, "gemma-lora", name)
     samples = load_json(paths.samples_path)

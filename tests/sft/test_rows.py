@@ -48,7 +48,7 @@ def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def open_run(project: Project, *overrides: str) -> tuple[RunContext, Any]:
-    """A run as its trainer sees it, and its tokenizer."""
+    """A run as its training process opens it, and its tokenizer."""
     context = open_context(project, *overrides)
     hashes = ContentHashes(project.root / "hashes.json")
     context.contents = hash_contents(context.recipe, hashes)
@@ -187,7 +187,7 @@ def test_a_run_waits_for_another_that_masks_the_same_rows(
 def test_a_run_waits_no_longer_for_one_that_does_not_go_on(
     here: Project, is_stopped: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else a holder that was stopped would hold up every run that wants the same rows."""
+    """Otherwise a stopped holder would delay every run that needs the same rows."""
     write_large(here)
     context, tokenizer = open_run(here, *LARGE)
     store = RowStore(context, tokenizer, patience_seconds=0.3)

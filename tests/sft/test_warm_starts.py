@@ -1,5 +1,5 @@
-"""Runs that a sweep forks from a worker, beside runs that were started alone: by `launch`, or by
-hand with the command that was recorded.
+"""Runs that a sweep forks from a worker, compared with runs that were started alone: by `launch`,
+or manually with the recorded command.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_no_trainer_imports_what_its_recipe_has_no_use_for(project: Project) -> 
 
 
 def test_what_was_forked_and_killed_goes_on_cold(finished: Project) -> None:
-    """With the sweep everything below it is gone: launcher, worker and trainer."""
+    """With the sweep, everything below it is gone: launcher, worker and training process."""
     paths = finished.paths("forked-then-cold")
     recipe = finished.write_recipe("warm/forked-then-cold.yaml", *RUNS[NAME])
     with started_by(finished, "sweep", str(recipe)) as process:

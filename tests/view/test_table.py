@@ -1,5 +1,5 @@
-"""The grid as a table: every run is in it or counted as hidden, whatever the axes and the size of
-the screen.
+"""The grid as a table: every run is in it or counted as hidden, for any axes and any size of the
+screen.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`runner status --watch` on a real terminal, beside a real sweep; and what it prints where there
-is none.
+"""`runner status --watch` on a real terminal, during a real sweep, and its output without a
+terminal.
 """
 
 from __future__ import annotations
