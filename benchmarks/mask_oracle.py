@@ -115,7 +115,7 @@ def _judge_file(path: Path, bos: str, eos: str, setting: Setting, connection: Co
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_GIB << 30, MAX_MEMORY_GIB << 30))
     try:
         connection.send(judge_template(path.read_text(encoding="utf-8"), bos, eos, setting))
-    except Exception as error:  # whatever a stranger's template does ends this process only
+    except Exception as error:  # a hostile template can end this process only
         connection.send(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 

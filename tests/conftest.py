@@ -30,7 +30,7 @@ settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("fuzz", print_blob=True)
 settings.load_profile("repeatable")
 
-# A background job of a script is started with some signals ignored, and what it starts would be,
+# A background job of a script starts with some signals ignored, and so would its children,
 # too.
 for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     if signal.getsignal(_number) == signal.SIG_IGN:

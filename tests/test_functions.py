@@ -68,7 +68,7 @@ def test_nothing_of_the_environment_reaches_it_but_what_programs_need(
     assert seen[0]["PYTHONHASHSEED"] == "0"
     assert set(seen[0]) <= {*child._KEPT_VARIABLES, *child._FIXED_VARIABLES, "LC_CTYPE"}
     with open_source("def build(row): return hash('a')") as build:
-        assert build(WHERE, {}) == seen[3], "strings hash alike in every process"
+        assert build(WHERE, {}) == seen[3], "strings have equal hashes in every process"
 
 
 def test_what_it_prints_never_comes_between_the_answers(capfd: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +181,7 @@ def test_the_next_row_is_answered_after_a_lost_process_and_nothing_stays() -> No
             build(WHERE, "die")
         second = build(WHERE, "live")
     for pid in (*first, *second):
-        assert _is_gone(pid), "what a function starts ends with it"
+        assert _is_gone(pid), "processes of a function end with it"
 
 
 def _is_gone(pid: int) -> bool:

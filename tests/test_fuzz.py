@@ -99,7 +99,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     os.chdir(before)
 
 
-# What has meant something to some parser, and what no parser expects.
+# Texts with a meaning for some parser, and texts that no parser expects.
 SCRAPS: Final = (
     (
         "..",

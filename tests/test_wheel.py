@@ -156,7 +156,7 @@ def test_a_project_is_made_from_the_installed_wheel(installed: Installed, tmp_pa
         checked = installed.runner("check", f"recipes/{grid}", "--schema-only", cwd=tmp_path / name)
         assert f"{num_recipes} recipes are well-formed" in checked
         with (tmp_path / name / "data" / "demo.jsonl").open("a") as stream:
-            stream.write("\n")  # a person's own now, writable whatever the package is
+            stream.write("\n")  # now a user's own files, writable even if the package is not
 
 
 @pytest.mark.slow

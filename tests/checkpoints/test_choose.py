@@ -280,7 +280,7 @@ def test_what_is_continued_and_moved_aside_and_said(
     assert list_moves(paths, choice) == list(right.moves)
     assert [move.step for move in choice.moves if not isinstance(move, Move)] == [*right.restored]
     capsys.readouterr()
-    assert resume(paths) == right.step, "as the trainer does"
+    assert resume(paths) == right.step, "as the training process does"
     printed = capsys.readouterr().out.splitlines()
     moved = [line.split()[3] for line in printed if line.startswith("warning: moved checkpoint")]
     assert moved == [name for name, _ in right.moves]

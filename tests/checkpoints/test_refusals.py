@@ -47,7 +47,7 @@ from tests.support.settled import settle
 
 __all__ = ["fake"]
 
-# What may change between two attempts of a run, and why that cannot show in its results.
+# Keys that may change between two attempts of a run, and why the results cannot change.
 MAY_CHANGE = {
     "run.grid": "names the directory: another grid is another run",
     "run.name": "names the directory: another name is another run",
@@ -292,7 +292,9 @@ def test_a_stripped_one_is_shown_and_the_one_before_it_decides(tmp_path: Path) -
     shutil.rmtree(paths.checkpoint_dir(4))
     interrupt(recipe, paths, num_processes=2)
     decision, status = judge(paths, recipe)
-    assert (decision.action, status.checkpoint_step) == ("refuse", 4), "as the trainer does"
+    assert (decision.action, status.checkpoint_step) == ("refuse", 4), (
+        "as the training process does"
+    )
     assert status.obstacles == ("num_processes: 2 -> 3",)
 
 
@@ -306,11 +308,11 @@ def test_what_is_named_by_resume_decides_instead(tmp_path: Path) -> None:
         "latest": "refuse",
         "best": "refuse",
         "none": "launch",
-        "s3://bucket/step-4.zip": "launch",  # the trainer looks at it
+        "s3://bucket/step-4.zip": "launch",  # the training process reads it
         str(elsewhere.checkpoint_dir(4)): "launch",
         str(elsewhere.archive_path(4)): "launch",
         str(paths.checkpoint_dir(4)): "refuse",
-        str(tmp_path / "nowhere"): "launch",  # the trainer says what is wrong
+        str(tmp_path / "nowhere"): "launch",  # the training process reports the error
     }.items():
         assert judge(paths, recipe, resume=resume)[0].action == action, resume
 
@@ -402,7 +404,7 @@ def test_completed_and_running_runs_are_skipped_whatever_they_were_launched_with
     assert decision.action == "skip" and status.obstacles == () and status.checkpoint_step is None
 
 
-# With an `accelerate` that would do as it is told, if it were called.
+# With a scripted `accelerate`, which is not called.
 
 
 def interrupt_fake(fake: FakeLauncher, name: str, **changed: Any) -> RunPaths:
@@ -452,7 +454,7 @@ def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(
 ) -> None:
     fake.add("a", "b", "c")
     assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
-    settle(content_cache_path(Path("runs")))  # else hashes of what is so new are kept again
+    settle(content_cache_path(Path("runs")))  # otherwise hashes of such new files are kept again
     before, num_started = fake.tree(), len(fake.events())
     for words in (
         ["sweep", "recipes/toy"],

@@ -37,7 +37,7 @@ from tests.support.fake_checkpoints import (
 from tests.support.remote_places import CREDENTIALS, closed_port, s3_server
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}
-NO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 0}}}  # of botocore, besides ours
+NO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 0}}}  # of botocore, in addition to ours
 
 
 @pytest.fixture

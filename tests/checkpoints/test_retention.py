@@ -92,7 +92,7 @@ def test_times_of_folders_say_nothing(paths: RunPaths) -> None:
 
 def test_what_this_run_has_not_written_is_neither_deleted_nor_counted(paths: RunPaths) -> None:
     commit(paths, 4, 8, 12, values=VALUES)
-    # Somebody keeps another run's here.
+    # A user keeps another run's checkpoint here.
     commit_under(paths, 2, {**FINGERPRINT, "recipe_digest": "e" * 64})
     commit_under(paths, 99, {**FINGERPRINT, "recipe_digest": "e" * 64})
     # A copy under another step's name.

@@ -66,7 +66,7 @@ FOLDERS: Final = (
     "../../.slurm",
 )
 Make = Callable[[Path], Any]
-# What a file may be instead; a folder, likewise but for the first.
+# Odd objects in place of a file; all but the first also in place of a folder.
 KINDS: Final[dict[str, Make]] = {
     "a folder": Path.mkdir,
     "a pipe": os.mkfifo,

@@ -98,7 +98,7 @@ COLUMNS: Final = [
         "{name: squad_v2, prompt: '{context} {question}'}",
     ),
 ]
-# What each task asks of its own columns.
+# The demands of each task on its own columns.
 SST2: Final = "{name: sst2, prompt: '{sentence}'}"
 SQUAD: Final = "{name: squad_v2, prompt: '{context} {question}'}"
 PARAGRAPH: Final = {"context": "a", "question": "b"}

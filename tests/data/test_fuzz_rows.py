@@ -98,7 +98,7 @@ GOOD: Final = {
 }
 
 
-# Enough for a small test and validation split whatever stands beside them.
+# Enough for a small test and validation split next to any other rows.
 MORE: Final[list[Any]] = [
     GOOD
     | {"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]}

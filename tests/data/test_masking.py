@@ -42,7 +42,7 @@ def mask_conversation(
     return ConversationMasker(tokenizer, chat_format).mask(messages)
 
 
-# --- what nobody can say to move a mask
+# --- texts that must not move a mask
 
 
 @pytest.mark.parametrize("kind", KINDS)

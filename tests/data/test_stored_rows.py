@@ -74,7 +74,7 @@ def test_a_data_set_of_stored_rows_has_their_labels(
     ]
     expected += [{"input_ids": [7, 7], "labels": [IGNORE_INDEX] * 2}] * num_padding
     assert list(dataset) == expected and dataset[1] == expected[1]
-    assert dataset.column_names == ["input_ids", "labels"]  # a trainer drops any other
+    assert dataset.column_names == ["input_ids", "labels"]  # TRL's trainer drops any other
     assert dataset.remove_columns([])[:2]["labels"] == [row.labels(loss) for row in ROWS[:2]]
 
 

@@ -56,7 +56,7 @@ def mask(
     tokenizer = build_tokenizer("bytes", template, special=[*SPECIAL_TOKENS, "<|observation|>"])
     masker = ConversationMasker(tokenizer, ChatFormat(**{"moment": DAY, **chat_format}))
     masked = masker.mask(messages, tools, turns=turns, untrained=untrained)
-    # What is trained on is what the characters say.
+    # The trained tokens are exactly these characters.
     for completion, (start, end) in zip(masked.completions, masked.completion_chars, strict=True):
         labels = build_labels(masked.input_ids, [completion.span], "completion")
         trained = [label for label in labels if label >= 0]

@@ -134,7 +134,7 @@ def test_kill_leaves_no_model_and_the_next_build_is_whole(demo_dir: Path, tmp_pa
         time.sleep(0.05)
     builder.send_signal(signal.SIGKILL)
     builder.wait()
-    # Its children, which would end by themselves when trained.
+    # Its children, which would end after training.
     os.killpg(builder.pid, signal.SIGKILL)
     assert not (tmp_path / "llama").exists()
     build_demo_models(tmp_path, families=("llama",), plan=BRIEF)

@@ -177,7 +177,7 @@ def test_scancel_after_the_warning_does_not_queue_again_either(tmp_path: Path) -
     job.send(signal.SIGUSR1)
     while job.read("signals") != ["USR1"]:
         os.sched_yield()
-    # A second warning must not reach the run, for which it would mean: at once.
+    # A second warning must not reach the run, where it would mean: stop immediately.
     job.send(signal.SIGUSR1)
     job.send(signal.SIGTERM)
     os.kill(find_child(job.process.pid), signal.SIGTERM)

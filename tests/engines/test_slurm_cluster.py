@@ -141,7 +141,7 @@ def test_a_queued_run_whose_recipe_has_changed_is_refused(
     output = capsys.readouterr().out
     assert f"refuse  toy/a  queued with another recipe; run `scancel {array}_0` first" in output
     assert "training.max_steps: 2 -> 3" in output
-    slurm.run("scontrol", "release", array)  # what was submitted is what is executed
+    slurm.run("scontrol", "release", array)  # the submitted recipe is executed
     wait_until_done(slurm)
     assert load_json(fake.paths("a").recipe_path)["recipe"]["training"]["max_steps"] == 2
 
@@ -281,7 +281,7 @@ def test_a_controller_that_is_away_loses_nothing(
     fake.let_go(first)
     wait_until(lambda: is_completed(fake, first), "the run ends without a controller")
     own_slurm.start_controller()
-    assert main(SWEEP) == 0  # whatever the controller has forgotten is submitted again
+    assert main(SWEEP) == 0  # jobs that the controller has forgotten are submitted again
     own_slurm.wait_until_idle()
     assert is_completed(fake, "a", "b") and sorted(fake.started()) == ["a", "b"]
 

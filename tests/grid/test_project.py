@@ -69,7 +69,7 @@ def test_the_printed_commands_work(
     assert "hint: runner demo-models" in capsys.readouterr().err
     recipes = load_rendered()
     assert len(recipes) == 12 and {recipe.loss for recipe in recipes} == {"full", "completion"}
-    # What is compared differs in nothing else: not in the number of updates, nor in a shared seed.
+    # The compared arms differ in nothing else: neither the number of updates nor a shared seed.
     assert {recipe.training.max_steps for recipe in recipes} == {120}
     assert {recipe.run.axes["seed"] for recipe in recipes} == {1, 2, 3}
     assert len({recipe.training.seed for recipe in recipes}) == 12

@@ -179,7 +179,7 @@ def test_a_shell_reads_a_hostile_name_as_a_name(name: str, tmp_path: Path) -> No
     assert not (tmp_path / "pwned").exists()
 
 
-# Two that are removed for a reason of their own, and two that stay though they look alike.
+# Two that are removed for special reasons, and two that stay although they look similar.
 SURROUNDINGS = {
     "WORLD_SIZE": "2",
     "PET_NNODES": "2",

@@ -241,7 +241,7 @@ def test_who_states_nothing_is_warned(fake: FakeLauncher, hub: MovingHub) -> Non
             assert f"warning: {name} is not the same commit in all runs of toy:" in result.stderr
         assert f"{A[:12]} in 1 run (a); {B[:12]} in 1 run (b)" in result.stderr
         assert f"\n  revision: {A}\n" in result.stderr
-    assert hub.take_requests() == [], "neither asks anybody"
+    assert hub.take_requests() == [], "neither makes a request"
 
 
 def test_the_line_makes_no_other_experiment_of_the_runs_that_loaded_it(

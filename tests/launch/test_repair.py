@@ -23,7 +23,7 @@ __all__ = ["fake"]
 
 REPAIR = ("launch", "recipes/toy/a.yaml", "--repair")
 CONFIG = '{"r": 8}\n'
-BEST_STEP = 2  # of what the fake completes
+BEST_STEP = 2  # of the runs that the fake completes
 
 
 @pytest.fixture

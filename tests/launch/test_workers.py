@@ -157,7 +157,7 @@ def test_a_recipe_with_odd_files_ends_no_sweep(
     path.write_text(odd)
     main(["sweep", "recipes/toy"])
     assert list_starts(fake, "b") == [("warm", None)]
-    assert fake.attempts("a"), "the run itself says what is wrong"
+    assert fake.attempts("a"), "the run itself reports the error"
 
 
 def test_a_retry_starts_cold(fake: FakeLauncher) -> None:
@@ -210,7 +210,7 @@ def test_runs_with_the_same_command_and_environment_have_the_same_worker(
     assert key is not None and key == find_key(b)
     assert key not in (find_key(c), find_key(a, gpu="1"))
     (fake.root / "cpu.yaml").write_text("use_cpu: true\nmixed_precision: bf16\n")
-    assert find_key(a) not in (key, None), "what it was started with is not what holds now"
+    assert find_key(a) not in (key, None), "its start settings are outdated"
 
 
 def test_each_slot_has_a_worker(fake: FakeLauncher) -> None:
@@ -231,7 +231,7 @@ def test_a_worn_worker_is_replaced(fake: FakeLauncher, capsys: pytest.CaptureFix
     assert main(["sweep", "recipes/toy"]) == 0
     assert len(fake.workers()) == 2
     assert [list_starts(fake, name) for name in "abc"] == [[("warm", None)]] * 3
-    assert "worker" not in capsys.readouterr().err, "nobody has to know"
+    assert "worker" not in capsys.readouterr().err, "no message is needed"
 
 
 # --- workers that fork nothing ---
@@ -466,7 +466,7 @@ def test_fail_fast_does_not_wait_for_a_worker(fake: FakeLauncher) -> None:
     assert len(fake.started()) == 1
 
 
-# --- what has changed since the imports ---
+# --- changes since the imports ---
 
 
 def run_with_change(

@@ -95,7 +95,7 @@ def test_a_tuned_model_stops_by_itself(
     eos = AutoTokenizer.from_pretrained(base_dir).convert_tokens_to_ids(
         {"llama": "<|end_of_text|>"}.get(family, "<eos>")
     )
-    # As base models are published: they know the end of a text, not that of a turn.
+    # As in published base models: they know the end of a text, not that of a turn.
     if family != "phi":
         write_json_atomic(base_dir / "generation_config.json", settings | {"eos_token_id": eos})
     recipe = recipe.model_copy(

@@ -42,7 +42,7 @@ GOOD: Final = {
         "  num_train_samples: 6"
     ),
 }
-# Files that cannot be read, and what is said of each.
+# Files that cannot be read, and the error for each.
 DAMAGED: Final[Mapping[str, tuple[bytes, str]]] = {
     "latin.jsonl": ('{"a": "wörd"}'.encode("latin-1"), "is not UTF-8 text"),
     "torn.jsonl": (b'{"messages": [', "line 1: is not JSON"),

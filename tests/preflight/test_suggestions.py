@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_not_suggested(here: Project) -> None:
     overrides += ("training.global_batch_size=16", "training.gradient_checkpointing=true")
     result = check_recipes([here.recipe(*overrides)])
     [run] = result.runs
-    # So much that a width of its own is what counts.
+    # So much that its width dominates.
     long = replace(run.splits["train"], length_percentiles={"max": 50_000})
     run = replace(run, splits={**run.splits, "train": long})
     measures = Measures(result)

@@ -16,7 +16,7 @@ from runner.publish.push import HubTarget
 from tests.conftest import Project, build_environment
 from tests.support.fake_hub import FakeHub, Repository, fake_hub
 
-# The endpoint is read when huggingface_hub is imported, so each push has a process of its own.
+# The endpoint is read when huggingface_hub is imported, so each push has its own process.
 _PUSH = """\
 import os, sys
 from pathlib import Path

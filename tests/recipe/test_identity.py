@@ -115,7 +115,7 @@ KINDS: list[tuple[str, ...]] = [
     ),
     ("training.max_steps=null", "training.num_train_epochs=2"),
 ]
-# The same experiment as the first kind, with keys of its own.
+# The same experiment as the first kind, with other keys.
 PLACEMENT_KINDS: list[tuple[str, ...]] = [
     ("checkpoints.remote={url: 'memory://checkpoints'}",),
     ("launch.num_processes=2",),
@@ -240,7 +240,7 @@ def test_a_key_that_was_added_enters_the_digest_only_with_another_value() -> Non
             if find(dumped, name) == value:
                 assert find(payload, name) is MISSING, name
                 left_out.add(name)
-    assert left_out == set(_BEHAVIOUR_BEFORE), "the value of before is a key's default"
+    assert left_out == set(_BEHAVIOUR_BEFORE), "a key's default is its earlier value"
 
 
 def test_keys_are_left_out_where_they_have_the_value_of_before() -> None:

@@ -71,7 +71,7 @@ def edit(old: str, new: str) -> str:
 
 
 REFUSALS = {
-    # what is written instead of what: line, key, words
+    # a replacement in the text; the error: line, key, words
     ("loss: full", "loss: ful"): (
         19,
         "loss",
@@ -355,7 +355,7 @@ def test_an_override_of_a_kind_starts_the_section_anew() -> None:
     )
     assert on.early_stopping.enabled and on.early_stopping.patience == 2
     same = parse("adapter.method=lora", "adapter.r=9").model_dump()["adapter"]
-    assert (same["r"], same["lora_alpha"]) == (9, 8), "the same kind keeps what it has"
+    assert (same["r"], same["lora_alpha"]) == (9, 8), "the same kind keeps its values"
 
 
 def walk(value: Any) -> Iterator[Any]:

@@ -108,7 +108,7 @@ def test_what_is_no_file_is_missing(paths: RunPaths, kind: str) -> None:
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
-        os.mkfifo(path)  # nobody may wait for what it holds
+        os.mkfifo(path)  # reading it must not block
     else:
         path.symlink_to("nowhere")
     assert find(paths) == {"model/tokenizer.json": "is missing"}
@@ -131,7 +131,7 @@ def test_a_result_that_was_edited_is_named(paths: RunPaths) -> None:
     assert list(find_other_result(paths)) == ["result.json"]
     del content["result_sha256"]
     write_json_atomic(paths.result_path, content)
-    assert list(find_other_result(paths)) == ["result.json"], "whoever lists files signs, too"
+    assert list(find_other_result(paths)) == ["result.json"], "a list of files is always signed"
     content["files"] = None  # an older run has neither
     write_json_atomic(paths.result_path, content)
     assert find_other_result(paths) == {}
@@ -175,7 +175,7 @@ def test_what_another_version_of_a_library_writes_besides_is_left_out(
         DAMAGES["cut"](paths.model_dir / "adapter_model.safetensors")
         (paths.model_partial_dir / "tokenizer.json").write_text('{"version": "2.0"}')
         (paths.model_partial_dir / "adapter_config.json").unlink()
-    assert find_other_export(paths, files) == [], "what is whole needs no other"
+    assert find_other_export(paths, files) == [], "a whole export needs no other"
     restore_model_files(paths, files)
     assert find(paths) == {} and not (paths.model_dir / "new.json").exists()
 
@@ -188,7 +188,7 @@ def test_a_model_is_mended_file_by_file(paths: RunPaths) -> None:
         write_export(paths)
         restore_model_files(paths, files)
         assert find(paths) == {} and not paths.model_partial_dir.exists()
-        assert (paths.model_dir / "adapter_config.json").stat() == kept, "what was whole stays"
+        assert (paths.model_dir / "adapter_config.json").stat() == kept, "whole files stay"
     for is_there in (True, False):
         shutil.rmtree(paths.model_dir)
         if is_there:

@@ -245,7 +245,7 @@ def test_scores_that_are_not_what_is_computed_go_into_quarantine_and_are_named(
         assert main([verb, "recipe.yaml"]) == 0  # its run is another one: `base`
         said = "".join(capsys.readouterr())
         is_named = "tests/a, attempt 1" in said and "tests/b, attempt 1" in said
-        assert is_named == (verb == "status"), "a report speaks of its own runs"
+        assert is_named == (verb == "status"), "a report covers its own runs"
     place.obtain("c")
     place.obtain("d")
     assert place.computed == ["a", "b", "c"]
@@ -374,7 +374,7 @@ def test_a_damaged_entry_is_put_aside_and_made_anew(place: Place, damage: str) -
     assert place.computed == ["a", "b"] and place.source("b").is_kept
     [aside] = list_quarantined(place.root)
     assert aside.found_by["run"] == "tests/b" and aside.why
-    # Nobody took what was only damaged: the log says so, and no warning beside the runs.
+    # No run used the damaged entry: only the log says so, without a warning next to the runs.
     is_damaged = damage in ("cut", "gone", "no manifest any more")
     assert aside.is_damaged == is_damaged
     assert len(find_other_base_scores(place.root.parent)) == (0 if is_damaged else 1)
@@ -499,7 +499,7 @@ def test_nobody_waits_for_scores_that_cannot_be_kept(place: Place) -> None:
     assert place.computed == ["a", "b"] and place.source("b").why == why
     find_marker(place).write_text("{")  # says nothing any more
     obtain_unlike(place, "c")
-    assert find_not_shared(lock.with_suffix("")) == why, "it is written anew"
+    assert find_not_shared(lock.with_suffix("")) == why, "it is written again"
 
 
 def find_marker(place: Place) -> Path:

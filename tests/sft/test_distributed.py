@@ -209,7 +209,7 @@ def test_ranks_that_hang_are_continued_then_ended_with_their_stacks_and_the_run_
         attempt.process.signal_group(signal.SIGKILL)
         failure = attempt.finish()
     assert f"process {stopped} was stopped; continued" in watched.said[0]
-    assert list_committed(attempt.paths) == [4], "it went on, and hung later"
+    assert list_committed(attempt.paths) == [4], "it continued, and hung later"
     assert failure is not None and failure.kind == "stalled"
     assert re.fullmatch(
         r"no sign of life for \d+ s while saving, step \d+/12; the stacks of 2 processes are in the"

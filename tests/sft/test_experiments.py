@@ -45,7 +45,7 @@ FORCED_BY_CPU: Final = {
     "launch.num_processes=2": "eight processes on two cores take minutes; two shard as well",
     "training.fp16=false": "accelerate refuses float16 autocast on the CPU",
 }
-# The run is started again by the test, as by somebody who finds it interrupted.
+# The test starts the run again, as a user does who finds it interrupted.
 NO_RETRY: Final = "launch.retries.lost=0"
 ON_ONE_CPU: Final = tuple(FORCED_BY_CPU)[:2]
 # accelerate_configs/zero3.yaml takes the CPU where there is no GPU
@@ -300,7 +300,7 @@ def test_it_keeps_the_checkpoints_that_the_recipe_asks_for(finished: Finished) -
     assert archived == (
         {folder.name for folder in kept.values()} if checkpoints.archive == "zip" else set()
     )
-    if finished.experiment.forced != ON_TWO_RANKS:  # DeepSpeed has files of its own
+    if finished.experiment.forced != ON_TWO_RANKS:  # DeepSpeed has its own files
         with_optimizer = {
             step for step, folder in kept.items() if (folder / "optimizer.pt").exists()
         }

@@ -143,7 +143,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_retry_and_no_bit(project: Proje
     failures = [one["failure"] for one in read_attempts(paths)]
     assert [failure and failure["kind"] for failure in failures] == ["transient"] * 3 + [None]
     assert all(failure["message"].startswith("disk full: ") for failure in failures[:3])
-    assert not paths.quarantine_dir.exists(), "what was never committed takes no room"
+    assert not paths.quarantine_dir.exists(), "an uncommitted checkpoint takes no space"
     assert_same_outputs(paths, reference)
 
 

@@ -22,7 +22,7 @@ from tests.conftest import ROOT, Project
 from tests.recipe.test_parse import TEXT
 from tests.support.training_runs import launch, read_log
 
-# As a library or a plug-in of the user's would: files that stay open, and work at the end.
+# Like a library or a user's plug-in: files that stay open, and work at the end.
 _WRITER: Final = """\
 import atexit, gzip, io, logging, os, sys, tempfile, threading, time, zipfile, ctypes
 from runner.sft.leave import exit_immediately
@@ -168,7 +168,7 @@ def test_who_is_watched_leaves_as_any_program(begun: str, may: bool, tmp_path: P
     assert json.loads(done.stdout) is may
 
 
-# In the trainer alone. What is torn down last tells that the interpreter was taken apart.
+# In the training process only. The last step of a teardown shows that there was one.
 _PLUG_IN: Final = """\
 import atexit, os, sys
 
@@ -206,4 +206,4 @@ def test_a_finished_trainer_leaves_at_once_and_keeps_what_others_wrote(
     watched = {**environment, "COVERAGE_PROCESS_START": ""}
     paths = launch(project, "watched", *short, *rest, environment=watched)
     assert (tmp_path / "metrics").read_text() == "kept open, written at the end"
-    assert "taken apart" in read_log(paths), "else the first half shows nothing"
+    assert "taken apart" in read_log(paths), "otherwise the first half shows nothing"

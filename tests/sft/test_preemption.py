@@ -19,7 +19,7 @@ from runner.run.record import StopRequest
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace
 
-# One rank: listens, says that it does, and does what it is told, line by line, until it is ended.
+# One rank: reports that it listens, and follows its script, line by line, until it is ended.
 RANK = """\
 import json, os, sys, threading
 from pathlib import Path

@@ -158,7 +158,9 @@ def test_no_rank_outlives_a_kill_and_the_next_launch_ends_with_the_same_bytes(
         )
         os.close(pidfd)
     if victim == "everything on the second machine":
-        cluster.run("scancel", job)  # its Slurm is alive, has lost the tasks and never tells `srun`
+        cluster.run(
+            "scancel", job
+        )  # its Slurm is alive, has lost the tasks and never reports it to `srun`
     wait_until(
         lambda: not has_ranks(paths) and not is_leased(paths.lease_path), "the run is let go of"
     )

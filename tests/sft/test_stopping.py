@@ -91,7 +91,7 @@ def started_in_training(
         wait_for_steps(paths, number, steps, process)
         yield process
     finally:
-        process.kill()  # what it has started dies with it
+        process.kill()  # its children die with it
         process.wait()
 
 
@@ -104,7 +104,7 @@ def wait_for_steps(
         assert process.poll() is None, f"the run ended too early:\n{read_log(paths)}"
         assert time.monotonic() < deadline, f"it never trained:\n{read_log(paths)}"
         progress = load_progress(paths.attempt(attempt).progress_path)
-        # Whatever its phase: a step takes less than a report.
+        # In any phase: a step takes less time than a report.
         if progress is not None and progress.step > 0:
             first = progress.step if first is None else first
             if progress.step >= first + steps:

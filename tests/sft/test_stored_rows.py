@@ -64,7 +64,7 @@ def test_runs_with_and_without_an_entry_end_with_the_same_bytes(project: Project
     reference = project.paths("memory")
     try_launch_killed_at(project, "first", *SHORT, at="os.rename rows.json 1")
     assert list_kinds(project) == ["leftover"]
-    launch(project, "first", *SHORT)  # goes on where it was killed
+    launch(project, "first", *SHORT)  # resumes after the kill
     assert "masked 5,026 rows in" in read_log(project.paths("first"))
     assert list_kinds(project) == ["entry"]
     launch_killed_at(project, "second", *SHORT, event="os.rename", path="COMMITTED.json", number=2)

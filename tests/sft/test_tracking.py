@@ -415,7 +415,7 @@ def test_wandb_of_a_killed_run_is_one_run_with_each_step_once(tracked: RunPaths)
     )
     evaluated = [row["train/global_step"] for row in rows if "eval/nll_per_token" in row]
     assert sorted(set(evaluated)) == evaluated
-    # killed at step 8; what it was told in the second before may be lost
+    # killed at step 8; calls of the second before may be lost
     second = read_wandb_history(attempts[1])
     assert [row["train/global_step"] for row in second if "train/loss" in row] == list(range(9, 16))
     assert [row["train/global_step"] for row in second if "eval/nll_per_token" in row] == [12, 15]

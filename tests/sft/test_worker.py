@@ -244,7 +244,7 @@ def test_nothing_outlives_a_worker(ends: str, start: Callable[..., Pair]) -> Non
         child.wait_for_end()
         assert not is_leased(pair.lease_path(1))
     if ends == "killed" and child is not None:
-        assert child.process.wait() is None, "nobody is left who knows"
+        assert child.process.wait() is None, "no process is left that knows"
         assert pair.worker.is_worn
 
 
@@ -409,6 +409,6 @@ def test_the_imports_leave_nothing_that_a_fork_does_not_survive() -> None:
         "state": [],
         "cuda": False,
         "settings": 0,
-        "left for the end": 0,  # else each child does it too, when it leaves
-        "knows architectures": True,  # else each child builds the table of them
+        "left for the end": 0,  # otherwise each child does it too at its exit
+        "knows architectures": True,  # otherwise each child builds the table of them
     }

@@ -34,7 +34,7 @@ class Hold:
     """Requests that are not answered, or whose answer is not sent, until the test releases them."""
 
     path: str  # a part of it
-    is_after: bool  # what was asked for is done first
+    is_after: bool  # the request is carried out first
     reached: threading.Event = field(default_factory=threading.Event)
     go: threading.Event = field(default_factory=threading.Event)
 

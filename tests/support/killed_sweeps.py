@@ -46,7 +46,7 @@ VICTIMS: Final[dict[str, tuple[Victim, ...]]] = {
 _TAG: Final = "SWEEP_UNDER_KILLS"
 _DEATH_SECONDS: Final = 20.0  # for a process to follow its parent on a busy machine
 _SWEEP_SECONDS: Final = 900.0
-_LOOK_SECONDS: Final = 0.05  # between two looks for a process that is to be killed
+_LOOK_SECONDS: Final = 0.05  # between two searches for the process to kill
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Kill:
 
     seconds: float  # after the sweep was started
     victim: Victim
-    killed: str  # how many of which role
+    killed: str  # the number of processes of each role
     stood: dict[str, tuple[str, int]]
 
 

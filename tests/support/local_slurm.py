@@ -33,7 +33,7 @@ PROGRAMS: Final = {
 }
 SEARCH_PATH: Final = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 PATIENCE_SECONDS: Final = 120.0
-NUM_CPUS: Final = 4  # of each node, whatever the machine has
+NUM_CPUS: Final = 4  # of each node, on any machine
 NUM_GPUS: Final = 2
 MAX_ARRAY_SIZE: Final = 8
 

@@ -121,7 +121,7 @@ def write_scores(
         total = tokens = 0.0
         for number, row_id in enumerate(ids):
             count = 8 + number % 20
-            own = random.Random(row_id).gauss(0, 0.3)  # how hard the row is
+            own = random.Random(row_id).gauss(0, 0.3)  # the difficulty of the row
             nll = max(0.05, level + own + drawn.gauss(0, 0.12)) * count
             total, tokens = total + nll, tokens + count
             scores = {"completion_nll_sum": nll, "template_nll_sum": 0.1, "nll_sum": nll * 3}

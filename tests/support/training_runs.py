@@ -43,7 +43,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
     "llama-early": (
         "model.path=models/llama",
         "adapter.method=none",
-        "data.num_train_samples=8",  # few rows and a high learning rate: overfits at once
+        "data.num_train_samples=8",  # few rows and a high learning rate: overfits immediately
         (
             "training={max_steps: 40, num_train_epochs: null, learning_rate: 1e-2,"
             " lr_scheduler_type: constant}"

@@ -91,7 +91,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
     assert main(["rerun", "recipes/toy"]) == 1
     paths = fake.paths("a")
     record = load_json(paths.record_path)
-    record["attempts"][1]["number"] = 4  # as when somebody has taken two out
+    record["attempts"][1]["number"] = 4  # as if a user has removed two
     write_json_atomic(paths.record_path, record)
     paths.attempt(2).attempt_dir.rename(paths.attempt(4).attempt_dir)
     assert b"attempts/4/log.txt" in print_logs(fake, "runs/toy/a").stderr

@@ -60,7 +60,7 @@ class Terminal:
             return False
         try:
             content = os.read(self.master, 65536)
-        except OSError:  # how a terminal says that nobody has it open any more
+        except OSError:  # a terminal reports in this way that no process has it open
             return False
         self.written += content
         return bool(content)

@@ -112,7 +112,7 @@ def test_an_answer_without_end_is_unequal_and_the_next_one_is_judged() -> None:
         assert judge("5", "2 + 3")
         first = find_child_pid(judge)
         assert not judge("5", "9^{9^{9^9}}")
-        assert not Path(f"/proc/{first}").exists(), "nothing of it goes on computing"
+        assert not Path(f"/proc/{first}").exists(), "no process of it continues to compute"
         assert judge("5", "2 + 3")
         second = find_child_pid(judge)
     with pytest.raises(ProcessLookupError):
