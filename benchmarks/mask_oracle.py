@@ -6,7 +6,7 @@ FOLDER holds `<family>__<name>.jinja`, and may hold `index.tsv` with the columns
 `eos` (others are left alone). About fifty conversations of sentinel words (rounds, tool calls,
 reasoning, think tags, chosen turns) are masked under each template. A mask is either refused, or
 
-- its `input_ids` are the template's own rendering, tokenised;
+- its `input_ids` are the template's own rendering, tokenized;
 - what it trains holds every word of the assistant's that the template printed for the wanted turns,
   the names and keys of calls, and all that generation writes before them; none of anybody else's;
 - each completion is more than its end, and ends at a token that stops the model: one that the

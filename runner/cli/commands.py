@@ -189,10 +189,10 @@ def run_masks(arguments: argparse.Namespace) -> int:
     split = "validation" if arguments.split == "eval" else arguments.split
     (recipe,) = pin_recipes([recipe], output_root).recipes
     views = build_views(recipe, split, arguments.rows, arguments.row)
-    is_coloured = "NO_COLOR" not in os.environ and (
+    is_colored = "NO_COLOR" not in os.environ and (
         sys.stdout.isatty() or "FORCE_COLOR" in os.environ
     )
-    print(format_views(views, recipe, arguments.format, is_coloured=is_coloured), end="")
+    print(format_views(views, recipe, arguments.format, is_colored=is_colored), end="")
     return 0
 
 

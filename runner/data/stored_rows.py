@@ -1,4 +1,4 @@
-"""Tokenised rows in columnar files: written once, then mapped into memory by every process that
+"""Tokenized rows in columnar files: written once, then mapped into memory by every process that
 reads them.
 
 Owns the columns, and builds rows on access. `row_entries` decides when rows are stored and which

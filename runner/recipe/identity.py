@@ -39,7 +39,7 @@ _PLACEMENT_KEYS: Final = {
     "checkpoints": frozenset({"keep_latest", "keep_best", "save_optimizer", "archive", "remote"}),
 }
 # Keys that were added after recipes were first hashed, by dotted name, with the value that keeps
-# the earlier behaviour. A key with this value is left out of the digest, so that older runs keep
+# the earlier behavior. A key with this value is left out of the digest, so that older runs keep
 # their digests. An added section is listed by its own name, with all its keys.
 _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.group_column": None,

@@ -95,7 +95,7 @@ class Recipe(Section):
     def _check_combinations(self) -> Self:
         if self.quantization.method != "none" and self.adapter.method == "none":
             raise ValueError(
-                "quantised weights cannot be trained:"
+                "quantized weights cannot be trained:"
                 " `quantization` needs `adapter: {method: lora}`"
             )
         if self.early_stopping.enabled and self.evaluation.eval_strategy == "no":

@@ -1,6 +1,6 @@
 """Matplotlib figures as SVG for a page and as PDF for a paper, with reproducible bytes.
 
-Figures are drawn in the colours named here. In the SVG, each colour becomes a class, so that the
+Figures are drawn in the colors named here. In the SVG, each color becomes a class, so that the
 page's style sheet can set it for light, dark and print. All `style` attributes are removed, because
 the page's Content-Security-Policy allows none.
 """
@@ -27,12 +27,12 @@ RULE: Final = "#d5d9de"
 BAND: Final = "#e6e9ed"
 GREYED: Final = "#a3abb5"
 PAPER: Final = "#ffffff"
-# Okabe and Ito's colours for colour-blind readers, without their yellow, which is faint on white
+# Okabe and Ito's colors for color-blind readers, without their yellow, which is faint on white
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3f")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 LINES: Final = ("-", "--", "-.", ":")
 
-# Colour -> its class in the style sheet, after the prefix `f-` (fill) or `s-` (stroke)
+# Color -> its class in the style sheet, after the prefix `f-` (fill) or `s-` (stroke)
 _CLASSES: Final[Mapping[str, str]] = {
     INK: "ink",
     "#000000": "ink",
@@ -41,7 +41,7 @@ _CLASSES: Final[Mapping[str, str]] = {
     BAND: "band",
     GREYED: "greyed",
     PAPER: "paper",
-    **{colour: f"c{number}" for number, colour in enumerate(PALETTE)},
+    **{color: f"c{number}" for number, color in enumerate(PALETTE)},
 }
 _MAX_LABEL: Final = 60
 _SETTINGS: Final[Mapping[str, Any]] = {
@@ -93,7 +93,7 @@ class Drawing:
         return bool(self.figure.get_figwidth() < 6)
 
     def as_svg(self) -> str:
-        """The figure as an inline element of a page, with its colours as classes."""
+        """The figure as an inline element of a page, with its colors as classes."""
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

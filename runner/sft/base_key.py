@@ -296,7 +296,7 @@ def _list_gpu_generators() -> list[torch.Tensor]:
 class ModelState:
     """State that a forward could change in a model or in the random generators.
 
-    Weights are not compared. Only the first forward of a quantised layer changes them, and every
+    Weights are not compared. Only the first forward of a quantized layer changes them, and every
     run makes one before it trains. Some models do keep state, such as rotary frequencies that grow
     with the longest text seen.
     """

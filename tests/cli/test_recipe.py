@@ -39,7 +39,7 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
 
 
 def run_in_terminal(width: int, *arguments: str) -> list[str]:
-    """The lines that a terminal of a width shows; colours and the like would be seen."""
+    """The lines that a terminal of a width shows; colors and the like would be seen."""
     import fcntl
     import struct
     import termios

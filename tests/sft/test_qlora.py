@@ -129,7 +129,7 @@ def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: R
 
 
 @pytest.mark.slow
-def test_qlora_merges_into_weights_that_are_not_quantised(
+def test_qlora_merges_into_weights_that_are_not_quantized(
     workplace: Project, qlora: RunPaths
 ) -> None:
     done = workplace.cli("export", qlora.run_dir, "--output", "merged-qlora", "--merge")

@@ -248,16 +248,16 @@ def derive_row_key(row: Any, bookkeeping: Sequence[str] = (), texts: Collection[
     if isinstance(row, Mapping):
         left_out = {*NEUTRAL_COLUMNS, *bookkeeping} - set(texts)
         row = {name: value for name, value in row.items() if name not in left_out}
-    return hash_json(_canonicalise(row))
+    return hash_json(_canonicalize(row))
 
 
-def _canonicalise(value: Any) -> Any:
+def _canonicalize(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace("\r\n", "\n").strip()
     if isinstance(value, Mapping):
-        return {str(name): _canonicalise(item) for name, item in value.items() if item is not None}
+        return {str(name): _canonicalize(item) for name, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_canonicalise(item) for item in value]
+        return [_canonicalize(item) for item in value]
     if isinstance(value, bool | int) or value is None:
         return value
     if isinstance(value, float) and math.isfinite(value):
