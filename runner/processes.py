@@ -94,7 +94,7 @@ def list_holders(path: Path) -> dict[int, str]:
 
 
 def die_with_launcher() -> None:
-    """As `die_with_parent`, for the training process, even if its launcher died before this call.
+    """Like `die_with_parent`, for the training process, even if its launcher died before this call.
 
     Then the parent is already another process, without the attempt in its environment. A parent
     that cannot be examined (typed by hand, another PID namespace, another user) counts as the

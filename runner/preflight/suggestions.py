@@ -214,7 +214,9 @@ def find_suggestions(
 
 
 def _find_largest(runs: Sequence[CheckedRun]) -> list[CheckedRun]:
-    """Of runs that differ only in rows, those with the longest rows to train on and to answer."""
+    """The runs with the longest rows to train on and to answer, of each group that differs in rows
+    only.
+    """
     largest: dict[str, CheckedRun] = {}
 
     def settings_of(run: CheckedRun) -> str:

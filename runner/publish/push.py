@@ -280,7 +280,7 @@ class Pushes:
     own_id: str | None  # the repository that the recipe of the first attempt names
 
     def record_pending(self, repo_id: str, sha256: str) -> None:
-        """Before anything is sent."""
+        """Record the push before anything is sent."""
         if repo_id == self.own_id:
             self._write(PushRecord(state="pending", repo_id=repo_id, files_sha256=sha256))
 

@@ -50,10 +50,10 @@ class RecipeCache:
         self._secrets = list_refused_values()
 
     def load(self, path: Path) -> Recipe:
-        """As `load_recipe`.
+        """Like `load_recipe`.
 
         Raises:
-            RecipeError: as there, and by it.
+            RecipeError: as in `load_recipe`.
         """
         if self._num_plain > 0:
             self._num_plain -= 1

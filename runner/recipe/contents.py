@@ -397,7 +397,7 @@ def find_contents(recipe: Recipe, hashes: ContentHashes, *, is_compared: bool) -
 def hash_existing(
     recipe: Recipe, hashes: ContentHashes, only: Container[str] | None = None
 ) -> dict[str, str]:
-    """As `hash_contents`, without files that are missing and sources that do not say which files
+    """Like `hash_contents`, without files that are missing and sources that do not say which files
     they mean. `only` limits it to these paths.
     """
     contents = {}
@@ -426,11 +426,10 @@ class Inputs:
 
 
 class KnownContents:
-    """As `hash_contents`, for contents that are cached and still exist; reads no file. Many recipes
-    name the same few files, so each is checked once until `refresh`.
-
-    `outdated` holds the paths that were touched since they were hashed. Recipes that name them are
-    compared without them.
+    """Like `hash_contents`, for contents that are cached and still exist; reads no file. Many
+    recipes name the same few files, so each is checked once until `refresh`. `outdated` holds the
+    paths that were touched since they were hashed. Recipes that name them are compared without
+    them.
     """
 
     def __init__(self, cache_path: Path) -> None:

@@ -356,7 +356,7 @@ def parse_yaml(
     overrides: Sequence[str] = (),
     hint: str | None = None,
 ) -> _Model:
-    """As `read_yaml`, for a text; `where` names it in errors."""
+    """Like `read_yaml`, for a text; `where` names it in errors."""
 
     def load(words: Sequence[str], fit: Fit = lambda answer: answer) -> _Model:
         values = read_values(text, where=where, overrides=words, hint=hint)
