@@ -28,7 +28,7 @@ check: .venv/installed-dev
 	runner render --check
 	pytest -m "not slow and not gpu and not torture" -q -n 2
 
-# New examples each time; what fails is kept in .hypothesis/ and printed with how to repeat it.
+# New examples each time; a failure is kept in .hypothesis/ and printed with the command to repeat it.
 fuzz: .venv/installed-dev
 	FUZZ_FACTOR=$(or $(FUZZ_FACTOR),20) pytest -q --hypothesis-profile=fuzz --hypothesis-show-statistics tests/test_fuzz.py tests/data/test_fuzz_rows.py
 
@@ -42,10 +42,10 @@ fix: .venv/installed-dev
 clean-demo:
 	rm -rf runs/demo demo_models
 
-# What runs import is compiled before the first of them.
+# The imports of runs are compiled before the first run.
 COMPILE_RUNS := from runner.recipe.libraries import hide_libraries; hide_libraries(["bitsandbytes", "deepspeed", "scipy", "matplotlib"]); import runner.sft.train
 
-# Two stamps: what the runner needs, and with it the tools of the tests. A newcomer's demo is up a minute earlier.
+# Two stamps: the runner's dependencies, and with them the tools of the tests. The demo starts a minute earlier.
 .venv/installed: pyproject.toml constraints.txt .ci/install.py
 	@echo "making .venv from constraints.txt: up to a minute, and 1.5 GB on disk"
 	@$(PYTHON) -m venv .venv
@@ -58,7 +58,7 @@ COMPILE_RUNS := from runner.recipe.libraries import hide_libraries; hide_librari
 	@touch $@
 
 # The tree of a GPU machine is resolved; that of a CPU build of torch is the same without CUDA's
-# own libraries. What is pinned stays pinned unless it no longer fits: `make pins UPGRADE=--upgrade`
+# own libraries. Pins stay unless they no longer fit: `make pins UPGRADE=--upgrade`
 # takes the newest versions.
 RESOLVE := uv pip compile pyproject.toml - --all-extras --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
   --no-annotate --custom-compile-command "make pins" --quiet $(UPGRADE)

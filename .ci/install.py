@@ -1,12 +1,12 @@
 """Installs this project into the virtual environment that runs it, in the versions of
 constraints.txt. `make` calls it: `.venv/bin/python .ci/install.py .`, or `'.[dev]'`.
 
-uv does in seconds what takes pip a minute. It is used where it is on PATH or the package index has
-it, and pip in its place wherever uv fails. uv reads none of pip's settings, so those that say where
-packages come from are handed on; where pip has been told something that has no counterpart here,
-pip installs. Both give the same versions: all are pinned.
+uv installs in seconds, pip in a minute. uv is used if it is on PATH or in the package index; if it
+fails, pip is used. uv reads none of pip's settings, so this passes on the settings about the source
+of packages. If pip has a setting without a counterpart here, pip installs. Both install the same
+versions: all are pinned.
 
-Standard library only: on a new machine there is nothing else.
+Uses the standard library only, because a new machine has nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 CONSTRAINTS: Final = str(ROOT / "constraints.txt")
 PIP: Final = (sys.executable, "-m", "pip")
 
-# Setting of pip -> variable of uv, and what stands between the parts of a list there.
+# Setting of pip -> variable of uv, and the separator of a list there.
 _VARIABLES: Final = {
     "cert": ("SSL_CERT_FILE", ""),
     "constraint": ("UV_CONSTRAINT", " "),

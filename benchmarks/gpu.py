@@ -88,11 +88,11 @@ class Arm:
 
     name: str
     grid: str = "suggested"
-    options: tuple[str, ...] = ()  # of `runner sweep`, beside `--slots`
+    options: tuple[str, ...] = ()  # of `runner sweep`, in addition to `--slots`
     num_slots: int = 1
 
 
-# What matters most first: the last ones are left out where time runs out.
+# The most important first: the last ones are left out if time runs out.
 ARMS: Final = (
     Arm("shared"),
     Arm("warm", options=("--own-base",)),

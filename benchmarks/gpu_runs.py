@@ -72,7 +72,7 @@ class Scale:
     uses_cpu: bool
 
 
-# Qwen2.5's shapes, with its vocabulary: most of its entries stand for nothing here.
+# Qwen2.5's shapes, with its vocabulary: most of its entries are unused here.
 LARGE: Final = Scale(
     models={
         "0.5B": ModelShape(151_936, 896, 4864, 24, 14, 2),
@@ -169,7 +169,7 @@ def build_folder(folder: Path, scale: Scale) -> dict[str, Any]:
     (folder / "launch.yaml").write_bytes((ROOT / "accelerate_configs" / config).read_bytes())
     words = SmallGrid("rows", scale.num_prompt_words, scale.num_answer_words, (), 0)
     write_rows(folder / "rows.jsonl", max(scale.num_train_rows) + 2 * NUM_EVAL_ROWS, words)
-    # In a process of its own: this one stays small, and leaves the GPU to what is measured.
+    # In a separate process: this one stays small, and leaves the GPU to the measured one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(build_models, folder, scale).result()
 

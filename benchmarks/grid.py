@@ -9,7 +9,7 @@ The rounds are interleaved (loop, cold, warm, loop, ...), and a ratio is of the 
 that what slows the machine for a while slows both. CPU seconds are user and system time of whole
 process trees, launchers and orphans included (`small_runs.measure`). Before the rounds each of the
 programs runs one cell unmeasured, which fills the page cache, the bytecode caches, and TRL's cache
-of tokenised rows.
+of tokenized rows.
 
 The peer does the same work:
 

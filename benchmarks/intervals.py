@@ -293,7 +293,7 @@ def simulate_declared(num_models: int, num_draws: int, rng: np.random.Generator)
     name = f"a declared null in {num_models} model{'s' * (num_models > 1)}"
     return [
         Line(name, "3 x 100", (Figure("any clear", rate, 0, 0.06, num_draws),)),
-        # What it would be if Holm counted only those that are told: no bar
+        # The result if Holm counted only the reported ones: no bar
         Line(f"{name}, told ones only", "3 x 100", (Figure("", rate_of_told, 0, 1, num_draws),)),
     ]
 

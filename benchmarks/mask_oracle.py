@@ -6,7 +6,7 @@ FOLDER holds `<family>__<name>.jinja`, and may hold `index.tsv` with the columns
 `eos` (others are left alone). About fifty conversations of sentinel words (rounds, tool calls,
 reasoning, think tags, chosen turns) are masked under each template. A mask is either refused, or
 
-- its `input_ids` are the template's own rendering, tokenised;
+- its `input_ids` are the template's own rendering, tokenized;
 - what it trains holds every word of the assistant's that the template printed for the wanted turns,
   the names and keys of calls, and all that generation writes before them; none of anybody else's;
 - each completion is more than its end, and ends at a token that stops the model: one that the
@@ -115,7 +115,7 @@ def _judge_file(path: Path, bos: str, eos: str, setting: Setting, connection: Co
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_GIB << 30, MAX_MEMORY_GIB << 30))
     try:
         connection.send(judge_template(path.read_text(encoding="utf-8"), bos, eos, setting))
-    except Exception as error:  # whatever a stranger's template does ends this process only
+    except Exception as error:  # a hostile template can end this process only
         connection.send(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 

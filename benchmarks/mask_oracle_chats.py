@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 MAX_RENDERED_CHARACTERS: Final = 1_000_000
-MOMENT: Final = datetime(2026, 1, 2, 3, 4, 5)  # the clock of all templates stands still there
+MOMENT: Final = datetime(2026, 1, 2, 3, 4, 5)  # the clock of all templates is frozen there
 
 # Markup in the usual brackets of control tokens; tags in lower case, such as <think>, are text.
 _CONTROL: Final = re.compile(
@@ -293,7 +293,7 @@ def conversations() -> Iterator[Conversation]:
 
 # --- rendering
 
-# How a template may want texts and arguments: as they are, as parts, and as JSON text.
+# Forms of texts and arguments that a template may need: plain, as parts, and as JSON text.
 FORMS: Final = tuple(product(("text", "parts"), ("mapping", "json")))
 Form = tuple[str, str]
 

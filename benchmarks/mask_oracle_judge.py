@@ -219,7 +219,7 @@ class Oracle:
                         return rest
         return ""
 
-    # --- what the template does to a conversation, whoever masks it
+    # --- the template's effect on a conversation, under any masker
 
     def why_not(self, chat: Conversation, texts: Mapping[str, Form]) -> str:
         """The reason for which a conversation may be refused, in a few words; empty where each
@@ -274,7 +274,7 @@ def judge(oracle: Oracle, mask: Callable[..., Any], chat: Conversation) -> Verdi
         if not texts:
             return Verdict(REFUSED, why, oracle.template_error() or detail)
         return Verdict(REFUSED, why or "avoidable: " + _shorten(detail), detail, not why)
-    except Exception as error:  # the verdict on a crash, whatever it is
+    except Exception as error:  # the verdict on any crash
         return Verdict(WRONG, "crashes", f"{type(error).__name__}: {error}")
     return _judge_mask(oracle, chat, texts, masked)
 

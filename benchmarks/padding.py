@@ -1,7 +1,7 @@
 """Share of the tokens of a recipe's training batches that are padding, under each order of rows.
 
 Run `python benchmarks/padding.py RECIPE [KEY=VALUE ...]` in the repository root. Rows are drawn and
-tokenised as the trainer does it, and ordered by its own function; nothing is trained. A share is of
+tokenized as the trainer does it, and ordered by its own function; nothing is trained. A share is of
 20 epochs.
 """
 

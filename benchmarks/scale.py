@@ -108,7 +108,7 @@ def build_project(root: Path, num_runs: int) -> list[Selected]:
         path = Path(source.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"document": source.path, "summary": "short"}) + "\n")
-        os.utime(path, (1e9, 1e9))  # long ago: the hashes of what was written just now are not kept
+        os.utime(path, (1e9, 1e9))  # long ago: hashes of files that were just written are not kept
     hashes = ContentHashes(content_cache_path(Path("runs")))
     generator = random.Random(1)
     running = list_running(selected)

@@ -191,7 +191,7 @@ def load_runs(
 def build_report(
     runs: Iterable[Run], *, metrics: str | Sequence[str] | None = None, rows_fixed: bool = False
 ) -> ReportTables:
-    """Return the verdicts, rows and effects of `runner report` for these runs.
+    """The verdicts, rows and effects of `runner report` for these runs.
 
     A run that is given twice counts once. `metrics` are compared instead of those that fit; with
     `rows_fixed`, intervals describe these test rows only.

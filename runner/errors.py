@@ -21,17 +21,17 @@ CONTROLS: Final = re.compile(
 )
 
 
-_COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
+_COLORS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def escape_controls(text: str) -> str:
-    r"""`text` made safe for a terminal, whoever wrote it: without colours, and with control
+    r"""`text` made safe for a terminal, whoever wrote it: without colors, and with control
     characters as Python writes them.
 
     >>> print(escape_controls("\x1b[1;31ma\x1b[0m\x1b[2J"))
     a\x1b[2J
     """
-    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], _COLOURS.sub("", text))
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], _COLORS.sub("", text))
 
 
 class RunnerError(Exception):

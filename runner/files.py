@@ -198,7 +198,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """As `write_text_atomic`, for bytes."""
+    """Like `write_text_atomic`, for bytes."""
     make_folder(path.parent)
     temporary = _name_temporary(path)
     try:
@@ -254,8 +254,8 @@ def follow_umask(folder: Path) -> None:
 
 
 def write_json_unsynced(path: Path, value: Any) -> None:
-    """As `write_json_atomic`, but the file may be lost after a power loss. For values that are only
-    displayed, many times a second.
+    """Like `write_json_atomic`, but the file may be lost after a power loss. For values that are
+    only displayed, many times a second.
     """
     temporary = _name_temporary(path)
     temporary.write_text(dump_json(value))
@@ -273,7 +273,7 @@ def dump_json(value: Any) -> str:
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """As `write_text_atomic`, for a value as JSON."""
+    """Like `write_text_atomic`, for a value as JSON."""
     write_text_atomic(path, dump_json(value))
 
 

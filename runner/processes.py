@@ -122,7 +122,7 @@ _MAX_START_WORDS: Final = 6  # before the verb: Python, its options, `-m`, `runn
 
 
 def die_with_launcher() -> None:
-    """As `die_with_parent`, for the training process, even if its launcher died before this call.
+    """Like `die_with_parent`, for the training process, even if its launcher died before this call.
 
     Then the parent is already another process, without the attempt in its environment. A parent
     that cannot be examined (typed by hand, another PID namespace, another user) counts as the
@@ -146,13 +146,13 @@ def bind_forks(lease_descriptor: int) -> None:
     def note_thread() -> None:
         is_main[:] = [threading.current_thread() is threading.main_thread()]
 
-    def let_go() -> None:
+    def bind_child() -> None:
         with contextlib.suppress(OSError):
             os.close(lease_descriptor)
         if is_main[0]:
             die_with_parent()
 
-    os.register_at_fork(before=note_thread, after_in_child=let_go)
+    os.register_at_fork(before=note_thread, after_in_child=bind_child)
 
 
 def kill_processes_of(is_meant: Callable[[str], bool]) -> int:

@@ -1,10 +1,10 @@
-"""Secrets: recognises them, finds the environment variables that hold one, and masks them in text.
+"""Secrets: recognizes them, finds the environment variables that hold one, and masks them in text.
 
 Secrets come only from the environment. Recipes, grids, templates and arguments are refused if they
 hold one; the message has its name, never its value. Output and records are scrubbed. A training
 process's output is scrubbed as it is printed. Text that libraries write to the attempt's log past
 Python is scrubbed after the attempt has ended; until then only text that goes through Python is
-surely clean. A secret that neither looks like one nor is in the environment cannot be recognised.
+surely clean. A secret that neither looks like one nor is in the environment cannot be recognized.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Shape:
         return any(hint in text for hint in self._hints)
 
 
-# Secrets that are recognised anywhere, by their issuer's notation. Repeats have limits, so a search
+# Secrets that are recognized anywhere, by their issuer's notation. Repeats have limits, so a search
 # stays linear.
 _SHAPES: Final[Mapping[str, _Shape]] = {
     "a Hugging Face token": _Shape(("hf_", "api_org_"), r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
@@ -78,7 +78,7 @@ _SHAPES: Final[Mapping[str, _Shape]] = {
     ),
     "a URL with a password": _Shape(("://",), r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)"),
 }
-# Secrets that are recognised by the words before them. Recipes may hold these words, in prompts.
+# Secrets that are recognized by the words before them. Recipes may hold these words, in prompts.
 _AFTER_WORDS: Final = (
     _Shape(
         ("bearer", "basic"), r"(?<![a-z])(?:bearer|basic)\s{1,9}[a-z0-9._~+/=-]{16,}", re.IGNORECASE

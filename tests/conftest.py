@@ -39,7 +39,7 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
-# A background job of a script is started with some signals ignored, and what it starts would be,
+# A background job of a script starts with some signals ignored, and so would its children,
 # too.
 for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     if signal.getsignal(_number) == signal.SIG_IGN:
@@ -88,7 +88,7 @@ launch:
 def run_cli(
     arguments: Sequence[str | Path], cwd: Path, *, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The real console script in a process of its own; the caller looks at the exit code."""
+    """The real console script in its own process; the caller checks the exit code."""
     return subprocess.run(
         [str(RUNNER), *map(str, arguments)],
         cwd=cwd,
@@ -129,7 +129,7 @@ class Project:
         )
 
     def write_recipe(self, path: str, *overrides: str) -> Path:
-        """The recipe under overrides as a recipe of its own, named after its file."""
+        """The recipe with overrides as a separate recipe, named after its file."""
         merged = self.recipe(*overrides, f"run.name={Path(path).stem}").model_dump(mode="json")
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -234,8 +234,8 @@ def project(tmp_path: Path, data_path: Path, tiny_model: Callable[[str], Path]) 
 def workplace(
     tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
 ) -> Project:
-    """One folder for the whole session: finished runs in it serve many tests, each under a name of
-    its own.
+    """One folder for the whole session: finished runs in it serve many tests, each under its own
+    name.
     """
     with shared_folder(tmp_path_factory, "workplace") as root:
         if (root / "recipe.yaml").exists():

@@ -259,7 +259,7 @@ def test_a_single_override_needs_no_list() -> None:
 
 
 def test_runs_and_reports_can_be_cached(demo: Path) -> None:
-    """`joblib`, Streamlit and `multiprocessing` pickle what they keep or send."""
+    """`joblib`, Streamlit and `multiprocessing` pickle the objects that they keep or send."""
     runs = runner.load_runs("demo")
     again = pickle.loads(pickle.dumps(runs))
     assert [run.recipe for run in again] == [run.recipe for run in runs]

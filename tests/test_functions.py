@@ -1,5 +1,5 @@
-"""A function of the project runs in a process of its own, sees nothing of the environment but its
-arguments, and ends by limits that name the line.
+"""A function of the project runs in its own process, sees nothing of the environment but its
+arguments, and is ended by limits; the error names the line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def open_source(
     text: str, others: Mapping[str, str] | None = None, **settings: Any
 ) -> FunctionProcess:
-    """`build` of a text, in a process of its own."""
+    """The function `build` of a source text, in its own process."""
     return FunctionProcess({"rows.py": text, **(others or {})}, "rows.py", "build", **settings)
 
 
@@ -68,7 +68,7 @@ def test_nothing_of_the_environment_reaches_it_but_what_programs_need(
     assert seen[0]["PYTHONHASHSEED"] == "0"
     assert set(seen[0]) <= {*child._KEPT_VARIABLES, *child._FIXED_VARIABLES, "LC_CTYPE"}
     with open_source("def build(row): return hash('a')") as build:
-        assert build(WHERE, {}) == seen[3], "strings hash alike in every process"
+        assert build(WHERE, {}) == seen[3], "strings have equal hashes in every process"
 
 
 def test_what_it_prints_never_comes_between_the_answers(capfd: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +181,7 @@ def test_the_next_row_is_answered_after_a_lost_process_and_nothing_stays() -> No
             build(WHERE, "die")
         second = build(WHERE, "live")
     for pid in (*first, *second):
-        assert _is_gone(pid), "what a function starts ends with it"
+        assert _is_gone(pid), "processes of a function end with it"
 
 
 def _is_gone(pid: int) -> bool:

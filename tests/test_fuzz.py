@@ -1,8 +1,8 @@
-"""Whatever stands in a file or an argument: an answer in words, nothing written outside, never a
+"""Random content of files and arguments gives a clear error, nothing written outside, and never a
 traceback.
 
-In the fast tests the same examples each time; `make fuzz` goes on with new ones and prints how to
-repeat what fails.
+The fast tests use the same examples each time; `make fuzz` continues with new ones and prints how
+to repeat a failure.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fuzzed(num_examples: int) -> settings:
 
 @dataclass(frozen=True)
 class Place:
-    """A project inside a folder of its own, so that a step outside shows."""
+    """A project inside another folder, so that writes outside of it are visible."""
 
     root: Path
 
@@ -99,7 +99,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     os.chdir(before)
 
 
-# What has meant something to some parser, and what no parser expects.
+# Texts with a meaning for some parser, and texts that no parser expects.
 SCRAPS: Final = (
     (
         "..",
@@ -350,7 +350,7 @@ def test_no_expression_of_a_template_is_more_than_an_error(
 
 
 def make_run(place: Place) -> Path:
-    """A run directory as a completed attempt leaves it, without the trainer's large files."""
+    """A run directory as a completed attempt leaves it, without the large files."""
     recipe = parse_recipe(RECIPE_TEXT, where="r")
     contents = hash_contents(recipe, ContentHashes(place.root / "hashes.json"))
     digest = derive_digest(recipe, contents)

@@ -29,13 +29,13 @@ FLOORS: Final = (
     ("preflight", "publish", "engines", "view", "api"),
     ("cli",),
 )
-# The trainer decides nothing about other runs, and starts none.
+# The training process decides nothing about other runs, and starts none.
 NEVER: Final[Mapping[str, tuple[str, ...]]] = {"sft": ("grid", "plan")}
 
 HEAVY: Final = frozenset(
     {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes"}
 )
-# What may be imported when a module is; elsewhere only inside the function that needs it.
+# Modules that may be imported at the top; others only inside the function that needs them.
 HEAVY_AT_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "model": frozenset({"torch", "transformers", "peft"}),
     "sft": frozenset({"torch", "transformers", "trl", "peft", "accelerate", "datasets"}),

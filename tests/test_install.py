@@ -85,7 +85,7 @@ class Machine:
         environment = {
             **kept,
             "PATH": str(self.bin),
-            # -S hides the real uv, where there is one beside the real pip.
+            # -S hides the real uv, if there is one next to the real pip.
             "PYTHONPATH": str(self.packages),
             "NOTES": str(self.folder),
             **variables,

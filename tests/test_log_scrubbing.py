@@ -1,4 +1,4 @@
-"""Secrets do not stay in logs, whoever wrote them there."""
+"""No secret stays in a log, from whichever process it comes."""
 
 from __future__ import annotations
 

@@ -17,6 +17,6 @@ def test_what_a_verb_counts_most_has_a_singular() -> None:
         for line in path.read_text().splitlines()
         if _COUNTED.search(line) and "== 1" not in line
     ]
-    # Beside a sentence for 1, or only ever of several.
+    # Next to a sentence for 1, or only for several.
     several = ("recipes have problems", "attempts were preempted", "names {len(found)} recipes")
     assert [line for line in found if not any(one in line for one in several)] == []

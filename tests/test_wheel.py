@@ -1,4 +1,4 @@
-"""The wheel and the sdist, built for real: they hold what they should, and a project works from an
+"""The wheel and the sdist, built for real: they hold the right files, and a project works from an
 installed wheel.
 """
 
@@ -48,8 +48,8 @@ def run(
 
 
 def list_source_files() -> list[str]:
-    """Files of the source tree as a commit would have them; what lies about untracked and ignored
-    is left out.
+    """Files of the source tree as a commit would have them; untracked and ignored files are left
+    out.
     """
     listed = run(
         "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT
@@ -122,7 +122,7 @@ class Installed:
 
 @pytest.fixture(scope="session")
 def installed(built: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel in a virtual environment of its own."""
+    """The wheel in a virtual environment."""
     base = tmp_path_factory.mktemp("installed")
     venv.create(base, with_pip=False)
     bin_dir = base / "bin"
@@ -156,7 +156,7 @@ def test_a_project_is_made_from_the_installed_wheel(installed: Installed, tmp_pa
         checked = installed.runner("check", f"recipes/{grid}", "--schema-only", cwd=tmp_path / name)
         assert f"{num_recipes} recipes are well-formed" in checked
         with (tmp_path / name / "data" / "demo.jsonl").open("a") as stream:
-            stream.write("\n")  # a person's own now, writable whatever the package is
+            stream.write("\n")  # now a user's own files, writable even if the package is not
 
 
 @pytest.mark.slow

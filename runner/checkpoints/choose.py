@@ -21,8 +21,8 @@ from runner.checkpoints.compare import (
     compare_fingerprints,
     describe_obstacles,
     has_other_micro_batch,
-    require_continuable,
-    suggest_ways_out,
+    require_resumable,
+    suggest_alternatives,
 )
 from runner.checkpoints.marker import (
     Marker,
@@ -183,7 +183,7 @@ def _allow_or_refuse(found: Comparison, policy: Policy) -> Choice:
     if not obstacles:
         return Choice(decisive_step=found.step, version_warnings=changes)
     message = describe_obstacles(found.step, obstacles)
-    refusal = RefusedError(message, hint=suggest_ways_out(obstacles))
+    refusal = RefusedError(message, hint=suggest_alternatives(obstacles))
     return Choice(decisive_step=found.step, obstacles=obstacles, refusal=refusal)
 
 
@@ -219,7 +219,7 @@ def _rewind(draft: _Draft, wanted: Wanted, fingerprint: Mapping[str, Any]) -> No
         if best is None:
             raise RefusedError(f"nothing was evaluated up to step {step}", hint="--resume latest")
         step, opened = best, best_opened
-    require_continuable(opened.marker, fingerprint, LAUNCH_AS_BEFORE)
+    require_resumable(opened.marker, fingerprint, LAUNCH_AS_BEFORE)
     for newer in reversed(steps):
         if newer > step:
             draft.set_aside(newer, describe_rewind(step))
@@ -265,7 +265,7 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
         )
     for step in stripped:
         draft.set_aside(
-            step, "it was stripped of its optimizer state, and nothing newer can be continued"
+            step, "it was stripped of its optimizer state, and nothing newer can be resumed"
         )
     return found
 

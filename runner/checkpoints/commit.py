@@ -49,7 +49,7 @@ def commit_checkpoint(
 
 
 @contextmanager
-def give_back_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
+def delete_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
     """While a checkpoint is written into one of `folders`: if the disk is full, delete the partial
     checkpoint.
 

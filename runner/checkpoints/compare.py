@@ -106,7 +106,7 @@ def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> boo
     return marker.fingerprint.get(key) != fingerprint.get(key)
 
 
-def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
+def require_resumable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
     """Raises: RefusedError if a launch cannot resume a checkpoint, for any reason."""
     try:
         refuse_other_fingerprint(marker, fingerprint, hint)
@@ -116,8 +116,8 @@ def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: st
     if marker.is_stripped:
         raise UnusableError(
             f"the checkpoint of step {marker.step} was stripped"
-            " of its optimizer state and cannot be continued",
-            hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
+            " of its optimizer state and cannot be resumed",
+            hint="with `checkpoints.save_optimizer: true` every checkpoint can be resumed",
         )
 
 
@@ -125,15 +125,15 @@ def describe_obstacles(step: int | None, obstacles: tuple[str, ...]) -> str:
     """The reason why a checkpoint is not resumed."""
     shown = "\n".join(f"  {line}" for line in obstacles)
     return (
-        f"the checkpoint of step {step} cannot be continued exactly,"
+        f"the checkpoint of step {step} cannot be resumed exactly,"
         f" because these changed since:\n{shown}"
     )
 
 
-def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch RECIPE") -> str:
+def suggest_alternatives(obstacles: tuple[str, ...], command: str = "runner launch RECIPE") -> str:
     """The remedies: the same launch as before if a flag can express it, and a start from step 0.
 
-    >>> print(suggest_ways_out(("num_processes: 2 -> 1",), "runner launch r.yaml"))
+    >>> print(suggest_alternatives(("num_processes: 2 -> 1",), "runner launch r.yaml"))
     runner launch r.yaml --num-processes 2  # as before
           runner launch r.yaml --fresh  # moves the old run aside and starts from step 0
     """

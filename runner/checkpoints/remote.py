@@ -106,7 +106,7 @@ class RemoteFolder:
 
         Raises:
             RefusedError: they belong to another experiment, and must be neither overwritten nor
-                continued.
+                resumed.
         """
         path, content = (
             f"{self._root}/{OWNER_NAME}",
@@ -278,7 +278,7 @@ class Uploader:
             if older < step:
                 self._queue.put(older)
         try:
-            self._lay_ready(step)
+            self._prepare_upload(step)
         # No space, or damaged: training continues, and a later attempt sends it.
         except (OSError, CorruptFileError) as error:
             self._note(step, outcome="failed", message=f"{type(error).__name__}: {error}")
@@ -327,9 +327,9 @@ class Uploader:
         pending = _pending_path(self._paths, step)
         self.folder.require_owner(self._recipe_digest, claim=True)
         self.folder.send(pending, step)
-        is_continuable = not any(older < step for older in list_pending(self._paths))
+        is_resumable = not any(older < step for older in list_pending(self._paths))
         # Otherwise its best weights may still be uploading, and an older one is needed to resume.
-        if is_continuable:
+        if is_resumable:
             committed = list_committed(self._paths)
             for older in self.folder.list_steps():
                 if older < step and older not in committed:
@@ -349,7 +349,7 @@ class Uploader:
                 flush=True,
             )
 
-    def _lay_ready(self, step: int) -> None:
+    def _prepare_upload(self, step: int) -> None:
         pending, archive_path = _pending_path(self._paths, step), self._paths.archive_path(step)
         pending.parent.mkdir(exist_ok=True)
         if pending.exists():

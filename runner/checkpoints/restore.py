@@ -38,7 +38,7 @@ from runner.checkpoints.compare import (
     OtherMicroBatchError,
     UnusableError,
     refuse_other_fingerprint,
-    require_continuable,
+    require_resumable,
 )
 from runner.checkpoints.marker import (
     is_intact,
@@ -57,7 +57,7 @@ from runner.recipe.parse import Recipe
 from runner.run.paths import STEP_PREFIX, RunPaths
 
 _OTHER_RUN: Final = (
-    "only a checkpoint of the same recipe, data and number of processes can be continued"
+    "only a checkpoint of the same recipe, data and number of processes can be resumed"
 )
 
 Result = TypeVar("Result")
@@ -85,7 +85,7 @@ def import_checkpoint(
     assert source is not None
     staged_dir = _stage(source, paths, "asked-for")
     marker = load_marker(staged_dir)
-    require_continuable(marker, fingerprint, _OTHER_RUN)
+    require_resumable(marker, fingerprint, _OTHER_RUN)
     best = read_best_step(staged_dir, checkpoints)
     staged = [staged_dir]
     if best is not None and best != marker.step:
@@ -151,11 +151,11 @@ def require_step(paths: RunPaths, checkpoints: CheckpointsSection, step: int) ->
 
 
 def _build_verification(paths: RunPaths, checkpoints: CheckpointsSection) -> Verification:
-    """Unpacks next to the checkpoints, so that an archive's folder can be renamed into place."""
+    """A verification that unpacks next to the checkpoints: an archive's folder is then renamed."""
     return Verification(paths, checkpoints, paths.checkpoints_dir, IMPORTING_PREFIX)
 
 
-def find_beside(source: Path, step: int | None) -> Path | None:
+def find_local_copy(source: Path, step: int | None) -> Path | None:
     """The path that `import_checkpoint` uses if the source is a local folder or archive."""
     if step is None:
         return source
@@ -183,8 +183,10 @@ def import_newest(
     Raises:
         RefusedError: there are checkpoints, but none can be resumed.
     """
-    _insist(partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe)
-    steps = _insist(remote.list_steps, recipe)
+    _read_with_retries(
+        partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe
+    )
+    steps = _read_with_retries(remote.list_steps, recipe)
     if steps:
         before_resuming()
     skipped: list[int] = []
@@ -204,7 +206,7 @@ def import_newest(
             )
     if len(skipped) < len(steps):
         raise RefusedError(
-            f"{remote.url} holds checkpoints of this run, but none can be continued (see the log)",
+            f"{remote.url} holds checkpoints of this run, but none can be resumed (see the log)",
             hint="`runner launch RECIPE --fresh` starts at step 0",
         )
     return None
@@ -225,7 +227,7 @@ def build_fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with phase(f"downloading step {number} from {folder.url}"):
-                _insist(partial(folder.fetch, number, target), recipe)
+                _read_with_retries(partial(folder.fetch, number, target), recipe)
         except CorruptFileError as error:
             raise UnusableError(error.message) from None
         except FileNotFoundError as error:
@@ -237,7 +239,7 @@ def build_fetch(
     return fetch
 
 
-def _insist(function: Callable[[], Result], recipe: Recipe) -> Result:
+def _read_with_retries(function: Callable[[], Result], recipe: Recipe) -> Result:
     num_retries = recipe.checkpoints.remote.num_retries if recipe.checkpoints.remote else 0
     try:
         return retry(function, num_retries, threading.Event())[0]
@@ -338,7 +340,7 @@ def choose_resume_step(
         fetch = build_fetch(folder, step, recipe, paths, phase)
         import_checkpoint(paths, checkpoints, fingerprint, fetch)
     elif resume not in ("auto", "none", *named):
-        import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
+        import_checkpoint(paths, checkpoints, fingerprint, partial(find_local_copy, Path(resume)))
     policy = build_policy(recipe, resume, divisor, _build_verification(paths, checkpoints))
     choice = _choose_own(paths, wanted, fingerprint, policy, before_resuming)
     may_load = resume == "auto" and checkpoints.remote is not None and checkpoints.remote.load

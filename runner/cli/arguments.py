@@ -148,7 +148,7 @@ def _add_check_verbs(verbs: Any) -> None:
     )
 
     masks = verbs.add_parser(
-        "masks", help="show rows as the model sees them: every token, the trained ones coloured"
+        "masks", help="show rows as the model sees them: every token, the trained ones colored"
     )
     masks.add_argument(
         "recipe", type=Path, metavar="RECIPE", help="a recipe file, a run directory, or a name"

@@ -38,7 +38,7 @@ from runner.plan.select import Selected, UnreadableRun, run_paths
 from runner.plan.status import (
     RunStatus,
     read_status_unverified,
-    suggest_mending,
+    suggest_fixes,
 )
 from runner.project_folder import (
     TEMPLATES,
@@ -118,7 +118,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     data sections.
     """
     # For --allow-code, each recipe is parsed: the cache must not decide what may run.
-    selected, is_all = select_readable(arguments, arguments.paths, is_anew=arguments.allow_code)
+    selected, is_all = select_readable(arguments, arguments.paths, is_uncached=arguments.allow_code)
     note_idle_overrides(selected)
     recipes = [one.recipe for one in selected]
     note_edited(selected)
@@ -196,10 +196,10 @@ def run_masks(arguments: argparse.Namespace) -> int:
     split = "validation" if arguments.split == "eval" else arguments.split
     (recipe,) = pin_recipes([recipe], output_root).recipes
     views = build_views(recipe, split, arguments.rows, arguments.row)
-    is_coloured = "NO_COLOR" not in os.environ and (
+    is_colored = "NO_COLOR" not in os.environ and (
         sys.stdout.isatty() or "FORCE_COLOR" in os.environ
     )
-    print(format_views(views, recipe, arguments.format, is_coloured=is_coloured), end="")
+    print(format_views(views, recipe, arguments.format, is_colored=is_colored), end="")
     return 0
 
 
@@ -310,10 +310,10 @@ def _print_hints(rows: Sequence[tuple[Selected, RunStatus]], unreadable: Sequenc
     missing = dict.fromkeys(path for status in statuses for path in status.inputs_missing)
     if missing:
         _print_hint(f"inputs missing: {hint_at_missing(missing)}")
-    mending = [suggest_mending(status.damage) for status in statuses if status.state == "damaged"]
-    for hint in dict.fromkeys(mending):
+    fixes = [suggest_fixes(status.damage) for status in statuses if status.state == "damaged"]
+    for hint in dict.fromkeys(fixes):
         _print_hint(f"damaged: {hint}")
-    return 1 if unreadable or mending else 0
+    return 1 if unreadable or fixes else 0
 
 
 def _print_hint(hint: str) -> None:
@@ -350,7 +350,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
     """`runner stop`."""
     from runner.view.logs import stop_runs
 
-    selected, is_all = select_readable(arguments, arguments.paths, "run", is_anew=True)
+    selected, is_all = select_readable(arguments, arguments.paths, "run", is_uncached=True)
     code = stop_runs(selected)
     return code if is_all else max(code, 1)
 

@@ -56,7 +56,7 @@ def compare_arms(arguments: argparse.Namespace) -> int:
     needed: every run with `--axis`, and both runs when two runs are compared.
     """
     rows_a, rows_b, rows, not_read = _load_arms(arguments)
-    _refuse_what_is_no_comparison(arguments, rows_a, rows_b)
+    _refuse_no_comparison(arguments, rows_a, rows_b)
     certificate = build_certificate(rows_a, rows_b, arguments.axis, not_read, rows)
     if not certificate.pairs:
         raise RunnerError(
@@ -110,9 +110,9 @@ def _load_arms(
     # Runs with other seeds are in the same folders as the named runs.
     folders = dict.fromkeys(str(one.paths.run_dir.parent) for one in named.values())
     folders = {folder: None for folder in folders if Path(folder).is_dir()}
-    beside = select_recipes(list(folders), root, (), unreadable) if folders else []
+    siblings = select_recipes(list(folders), root, (), unreadable) if folders else []
     # A comes first: its axis value is the reference.
-    others = {one.full_name: one for one in beside if one.full_name not in names}
+    others = {one.full_name: one for one in siblings if one.full_name not in names}
     every = named | {_locate(one): one for one in others.values()}
     known = KnownContents(content_cache_path(root))
     runs = read_runs(every.values(), known)
@@ -212,7 +212,7 @@ def _split_conditions(text: str) -> list[str]:
     return parts if all("=" in part for part in parts) else [text]
 
 
-def _refuse_what_is_no_comparison(
+def _refuse_no_comparison(
     arguments: argparse.Namespace, rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]
 ) -> None:
     positions_b = {row.position for row in rows_b}
@@ -364,31 +364,31 @@ def _describe_differences(single: list[Difference], seeds: list[Difference]) -> 
 
 
 def _draw_numbers(differences: Sequence[Difference]) -> Iterator[str]:
-    told = [one for one in differences if one.interval is not None]
-    if told:
-        level = next(one.interval.level for one in told if one.interval is not None)
+    shown = [one for one in differences if one.interval is not None]
+    if shown:
+        level = next(one.interval.level for one in shown if one.interval is not None)
 
         def of(one: Difference) -> Any:
             return one.interval
 
         yield from draw_packed(
-            [build_column("metric", told, lambda one: one.metric.title, is_numeric=False)],
+            [build_column("metric", shown, lambda one: one.metric.title, is_numeric=False)],
             [
-                build_column("better", told, _name_better, is_numeric=False),
-                build_column("A", told, lambda one: decimal(one.score_a)),
-                build_column("B", told, lambda one: decimal(one.score_b)),
-                build_column("difference", told, lambda one: signed(of(one).estimate)),
+                build_column("better", shown, _name_better, is_numeric=False),
+                build_column("A", shown, lambda one: decimal(one.score_a)),
+                build_column("B", shown, lambda one: decimal(one.score_b)),
+                build_column("difference", shown, lambda one: signed(of(one).estimate)),
                 build_column(
-                    f"{level_text(level)} interval", told, lambda one: span(of(one).bounds)
+                    f"{level_text(level)} interval", shown, lambda one: span(of(one).bounds)
                 ),
-                build_column("p", told, lambda one: probability(of(one).p)),
-                build_column("over", told, lambda one: of(one).kind, is_numeric=False),
+                build_column("p", shown, lambda one: probability(of(one).p)),
+                build_column("over", shown, lambda one: of(one).kind, is_numeric=False),
             ],
         )
     notes = [f"{one.metric.title}: refused: {one.refused}" for one in differences if one.refused]
     notes += [
         f"{one.metric.title}: {describe_interval(of_one)}"
-        for one in told
+        for one in shown
         if (of_one := one.interval) is not None
     ]
     if notes:

@@ -32,7 +32,7 @@ def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[st
     Raises:
         RunnerError: a word is such an option; the hint has the whole command as written here.
     """
-    told: list[tuple[str, str | Answer]] = []
+    answers: list[tuple[str, str | Answer]] = []
     kept: list[str] = []
     position = 0
     while position < len(words):
@@ -44,7 +44,7 @@ def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[st
             continue
         hyphenated = option.replace("_", "-")
         if hyphenated in known:
-            told.append((option, f"is {hyphenated} here"))
+            answers.append((option, f"is {hyphenated} here"))
             kept.append(hyphenated + equals + value)
             continue
         name = option.removeprefix("--")
@@ -57,29 +57,29 @@ def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[st
             kept.append(word)
             kept += [] if equals else given
             continue
-        told.append((option, answer))
-    if told:
-        raise _answer(prog, told, kept)
+        answers.append((option, answer))
+    if answers:
+        raise _answer(prog, answers, kept)
 
 
 def _answer(
-    prog: str, told: Sequence[tuple[str, str | Answer]], kept: Sequence[str]
+    prog: str, answers: Sequence[tuple[str, str | Answer]], kept: Sequence[str]
 ) -> RunnerError:
     load = _find_recipe(kept)
-    overrides = [word for _, said in told if isinstance(said, Answer) for word in said.overrides]
-    refused = any(isinstance(said, Answer) and said.is_refused for _, said in told)
+    overrides = [word for _, said in answers if isinstance(said, Answer) for word in said.overrides]
+    refused = any(isinstance(said, Answer) and said.is_refused for _, said in answers)
     try:
         overrides = list(complete(overrides, load) if load else complete_blindly(overrides))
     except RecipeError:  # perhaps only one of them is wrong
         assert load is not None
-        told = [
+        answers = [
             (one, fit_answer(said, load) if isinstance(said, Answer) else said)
-            for one, said in told
+            for one, said in answers
         ]
         refused = True
-    what = "is not an option" if len(told) == 1 else "are not options"
-    names = ", ".join(f"`{option}`" for option, _ in told)
-    lines = "\n".join(f"  {option}  {_describe(said)}" for option, said in told)
+    what = "is not an option" if len(answers) == 1 else "are not options"
+    names = ", ".join(f"`{option}`" for option, _ in answers)
+    lines = "\n".join(f"  {option}  {_describe(said)}" for option, said in answers)
     # Overrides come last: `launch` expects its recipe first.
     hint = f"{prog} {join_words([*kept, *overrides])}"
     return RunnerError(f"{names} {what} of `{prog}`\n\n{lines}", hint=None if refused else hint)

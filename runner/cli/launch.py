@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
+from runner.checkpoints.compare import describe_obstacles, suggest_alternatives
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
 from runner.cli.reading import note_edited, note_idle_overrides, note_unrendered
 from runner.engines.local import note_how_to_start
@@ -37,7 +37,7 @@ from runner.plan.status import (
     describe_change,
     find_divisor,
     read_status,
-    suggest_mending,
+    suggest_fixes,
     verify_files,
 )
 from runner.project_folder import pasteable
@@ -89,7 +89,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     if arguments.fresh and status.state != "pending":
         if not arguments.dry_run and not arguments.prepare:  # before it is moved aside
             Devices(1, None, allocation).check([planned])
-        status = _start_anew(arguments, selected, status, contents, num_processes)
+        status = _start_fresh(arguments, selected, status, contents, num_processes)
     planned = replace(planned, num_attempts=status.num_attempts)
     decision = decide(status, retry_failed=True)
     if decision.action == "refuse":
@@ -155,7 +155,7 @@ def _find_contents(
     return find_contents(recipe, hashes, is_compared=is_compared)
 
 
-def _start_anew(
+def _start_fresh(
     arguments: argparse.Namespace,
     selected: Selected,
     status: RunStatus,
@@ -364,7 +364,7 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
         return RefusedError(
             f"{paths.run_dir} is damaged:\n"
             + "\n".join(f"  {name} {what}" for name, what in status.damage.items()),
-            hint=suggest_mending(status.damage).replace("runner launch RECIPE", same_launch),
+            hint=suggest_fixes(status.damage).replace("runner launch RECIPE", same_launch),
         )
     if status.state == "unreadable":
         return RefusedError(
@@ -374,7 +374,7 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
         )
     return RefusedError(
         f"{paths.run_dir}: {describe_obstacles(status.checkpoint_step, status.obstacles)}",
-        hint=suggest_ways_out(status.obstacles, same_launch),
+        hint=suggest_alternatives(status.obstacles, same_launch),
     )
 
 
@@ -421,7 +421,7 @@ def _move_aside(selected: Selected) -> None:
 def _prepare(planned: Launch, command: LaunchCommand) -> None:
     from runner.launch.names import NamesOnHub
     from runner.launch.provenance import read_git_state
-    from runner.launch.run_files import open_attempt, prepare_run, refuse_uncontinuable, take_lease
+    from runner.launch.run_files import open_attempt, prepare_run, refuse_unresumable, take_lease
 
     paths = planned.paths
     lease = take_lease(paths)
@@ -430,6 +430,6 @@ def _prepare(planned: Launch, command: LaunchCommand) -> None:
     with contextlib.closing(lease):
         facts = read_facts(paths, lease=lease)
         divisor = find_divisor(facts, planned.recipe)
-        refuse_uncontinuable(planned, command, facts, divisor)
+        refuse_unresumable(planned, command, facts, divisor)
         prepare_run(planned.recipe, planned.contents, facts, NamesOnHub(), planned.resume)
         open_attempt(planned, command, facts, divisor, read_git_state())

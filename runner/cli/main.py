@@ -129,7 +129,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         setattr(arguments, more, [*getattr(arguments, more), *rest])
     arguments.typed = tuple(sys.argv[1:] if argv is None else argv)
     if more is not None:
-        _tell_overrides_apart(arguments)
+        _separate_overrides(arguments)
     return arguments
 
 
@@ -140,8 +140,8 @@ def _name_a_grid() -> str:
     return next((str(one.parent) for one in sorted(RECIPES_DIR.glob("*/*.yaml"))), "RECIPE")
 
 
-def _tell_overrides_apart(arguments: argparse.Namespace) -> None:
-    """Moves `key=value` from the paths to the overrides, for verbs that accept several paths.
+def _separate_overrides(arguments: argparse.Namespace) -> None:
+    """Move `key=value` from the paths to the overrides, for verbs that accept several paths.
 
     Raises:
         RunnerError: a word is not an override, or the verb accepts no overrides.

@@ -159,7 +159,7 @@ class _Finder:
 
     def __init__(self, here: Path) -> None:
         self._here = here
-        self._is_told: set[str] = set()
+        self._printed: set[str] = set()
         self.has_runs_only = True  # over all calls of `find`
 
     def find(self, text: str) -> list[Path]:
@@ -217,12 +217,12 @@ class _Finder:
         is_outside = os.path.isabs(text)
         if not os.path.isdir(project):
             if is_outside:
-                self._tell(text, f"{folder} records the project {text}, which does not exist")
+                self._print_once(text, f"{folder} records the project {text}, which does not exist")
             return None
         if is_outside:
             is_taken = is_submission or self._may_enter(project, folder)
             if not is_taken and not is_same_folder(project, self._here):
-                self._tell(text, f"{folder} records the project {text}, which is not entered")
+                self._print_once(text, f"{folder} records the project {text}, which is not entered")
         else:
             is_taken = is_project(project) or _holds_any(project, content)
         if not is_taken:
@@ -242,9 +242,9 @@ class _Finder:
             one is not None and is_same_folder(one, project) for one in places
         )
 
-    def _tell(self, recorded: str, note: str) -> None:
-        if recorded not in self._is_told:
-            self._is_told.add(recorded)
+    def _print_once(self, recorded: str, note: str) -> None:
+        if recorded not in self._printed:
+            self._printed.add(recorded)
             print(escape_controls(f"note: {note}"), file=sys.stderr)
 
 

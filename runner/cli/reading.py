@@ -40,7 +40,7 @@ def select(
     return selected
 
 
-def select_anew(
+def select_uncached(
     arguments: argparse.Namespace,
     paths: Sequence[str],
     unreadable: list[UnreadableRun] | None = None,
@@ -58,16 +58,16 @@ def select_readable(
     paths: Sequence[str],
     prefer: Prefer = "recipe",
     *,
-    is_anew: bool = False,
+    is_uncached: bool = False,
 ) -> tuple[list[Selected], bool]:
-    """The runs that can be read, through the cache unless `is_anew`, and True if these are all.
+    """The runs that can be read, through the cache unless `is_uncached`, and True if these are all.
     Prints a warning about each of the others to stderr.
 
     Raises:
         RunnerError: as `select_recipes`; also if no run can be read.
     """
     unreadable: list[UnreadableRun] = []
-    choose = select_anew if is_anew else select
+    choose = select_uncached if is_uncached else select
     selected = choose(arguments, paths, unreadable, prefer)
     require_any(selected, unreadable)
     warn_of_unreadable(unreadable)

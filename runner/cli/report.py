@@ -19,7 +19,7 @@ from runner.cli.report_pages import require_page_targets, write_report_pages
 from runner.errors import escape_controls
 from runner.plan.read import ReadRun, read_runs
 from runner.plan.select import Selected, UnreadableRun
-from runner.plan.status import NOT_VERIFIABLE, is_verifiable, suggest_mending, verify_files
+from runner.plan.status import NOT_VERIFIABLE, is_verifiable, suggest_fixes, verify_files
 from runner.recipe.contents import KnownContents
 from runner.run.base_scores import find_other_base_scores
 from runner.run.paths import content_cache_path, find_output_root
@@ -68,7 +68,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     damaged = [(recipe, status) for recipe, _, status in runs if status.state == "damaged"]
     for recipe, status in damaged:
         print(f"warning: {recipe.run.full_name} is damaged: {status.why}", file=sys.stderr)
-        print(f"  hint: {suggest_mending(status.damage)}", file=sys.stderr)
+        print(f"  hint: {suggest_fixes(status.damage)}", file=sys.stderr)
     return 1 if unreadable or lost or damaged else 0
 
 

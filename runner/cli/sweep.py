@@ -36,7 +36,7 @@ from runner.plan.status import (
     find_hint,
     read_status,
     read_status_unverified,
-    suggest_mending,
+    suggest_fixes,
 )
 from runner.project_folder import find_user_folder, pasteable
 from runner.recipe.contents import ContentHashes, KnownContents, find_contents
@@ -80,7 +80,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
             hint="runner launch RECIPE --fresh  # on the machine that has the runs",
         )
     options = engine.parse_options(arguments)
-    num_unhappy = 0
+    num_undone = 0
     found: dict[str, RunStatus] = {}
     # For the engines that only write a file, the token is set elsewhere.
     pushes = PushPlan(needs_token=not engine.ONLY_WRITES_FILES)
@@ -89,8 +89,8 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     def plan(
         queued: Mapping[str, QueuedRun], stream: TextIO, require: RequireRuns | None = None
     ) -> list[Launch]:
-        nonlocal num_unhappy
-        planned, num_unhappy = _decide_all(
+        nonlocal num_undone
+        planned, num_undone = _decide_all(
             selected, arguments, queued, stream, found, pushes, require,
             only_unfinished=only_unfinished,
         )  # fmt: skip
@@ -111,13 +111,13 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         counts = Counter(status.state for status in statuses.values())
         print(_describe_states(counts + Counter(unreadable=len(unreadable))), file=sys.stderr)
         # Counts some runs twice; only zero or not matters.
-        num_unhappy += sum(counts[state] for state in _UNHAPPY)
+        num_undone += sum(counts[state] for state in _UNDONE)
     # A file is written for the runs that can be launched, so it counts as a success.
-    is_unhappy = num_unhappy or unreadable or num_unpushed
-    return code or (1 if is_unhappy and not engine.ONLY_WRITES_FILES else 0)
+    has_undone = num_undone or unreadable or num_unpushed
+    return code or (1 if has_undone and not engine.ONLY_WRITES_FILES else 0)
 
 
-_UNHAPPY: Final = ("interrupted", "failed", "changed", "damaged", "unreadable")
+_UNDONE: Final = ("interrupted", "failed", "changed", "damaged", "unreadable")
 
 
 def _read_statuses(selected: Sequence[Selected], output_root: Path) -> dict[str, RunStatus]:
@@ -136,8 +136,8 @@ def _print_undone(found: Mapping[str, RunStatus], statuses: Mapping[str, RunStat
     for full_name, status in statuses.items():
         before = found[full_name].state
         is_left_alone = before in ("running", "completed")
-        untold = _UNHAPPY if is_left_alone else ("changed", "damaged")
-        if status.state == before or status.state not in untold:
+        reported = _UNDONE if is_left_alone else ("changed", "damaged")
+        if status.state == before or status.state not in reported:
             continue
         why, hint = status.why.partition("\n")[0], find_hint(status)
         print(
@@ -166,7 +166,7 @@ def _print_damaged(found: Mapping[str, RunStatus]) -> None:
     for full_name, status in found.items():
         if status.state == "damaged":
             print(
-                f"{full_name} is damaged: {status.why}\n  hint: {suggest_mending(status.damage)}",
+                f"{full_name} is damaged: {status.why}\n  hint: {suggest_fixes(status.damage)}",
                 file=sys.stderr,
             )
 
@@ -191,7 +191,7 @@ def _decide_all(
     hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
     planned: dict[str, Launch] = {}
     changed: list[ChangedRun] = []
-    num_unhappy = num_of_other_rules = num_not_begun = 0
+    num_undone = num_of_other_rules = num_not_begun = 0
     for one in selected:
         # A run that was never started has nothing to compare its files with.
         is_compared = not is_preview or one.paths.recipe_path.exists()
@@ -225,7 +225,7 @@ def _decide_all(
         elif decision.action == "refuse" or (
             status.state == "failed" and one.full_name not in queued
         ):
-            num_unhappy += 1
+            num_undone += 1
     fresh = {
         one.full_name: replace(
             _build_launch(one.selected, one.contents, arguments, 0), resume="none"
@@ -235,7 +235,7 @@ def _decide_all(
     }
     if num_not_begun:
         runs = "1 run was" if num_not_begun == 1 else f"{num_not_begun} runs were"
-        what = f"{runs} never started (`rerun` only continues started runs)"
+        what = f"{runs} never started (`rerun` only resumes started runs)"
         print(_describe_block("skip", what, ()), file=stream)
     pushes.refuse()
     allow = suggest_allowing(
@@ -248,12 +248,12 @@ def _decide_all(
         stream.flush()
         require(to_launch)
     if changed and arguments.fresh:
-        moved, num_refused = _start_anew(changed, arguments, queued, stream)
+        moved, num_refused = _start_fresh(changed, arguments, queued, stream)
         planned |= {name: fresh[name] for name in moved}
-        num_unhappy += num_refused
+        num_undone += num_refused
     elif changed:
         print(_describe_changed(changed, arguments), file=stream)
-        num_unhappy += len(changed)
+        num_undone += len(changed)
     if planned and num_of_other_rules:
         print(
             f"note: {format_count(num_of_other_rules, 'completed run')} of this sweep"
@@ -262,16 +262,16 @@ def _decide_all(
             " a report compares only runs with the same rules",
             file=sys.stderr,
         )
-    return [planned[one.full_name] for one in selected if one.full_name in planned], num_unhappy
+    return [planned[one.full_name] for one in selected if one.full_name in planned], num_undone
 
 
-def _start_anew(
+def _start_fresh(
     changed: Sequence[ChangedRun],
     arguments: argparse.Namespace,
     queued: Mapping[str, QueuedRun],
     stream: TextIO,
 ) -> tuple[list[str], int]:
-    """`--fresh`: moves the changed runs aside. Returns the names of those to launch, and the number
+    """`--fresh`: move the changed runs aside. Returns the names of those to launch, and the number
     of those that cannot be moved.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`python -m runner.data.mask_child PARENT`: masks rows for a trainer; see `shards`."""
+"""`python -m runner.data.mask_child PARENT`: masks rows for a training process; see `shards`."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class MaskedConversation:
-    """One tokenised chat and its completions.
+    """One tokenized chat and its completions.
 
     For viewers, all half open: `offsets[i]` are the characters of `text` that token i represents,
     `content_chars[i]` those of message i (None for an empty one that the template leaves out), and
@@ -242,7 +242,7 @@ class ConversationMasker:
             proven = prove_structure(self._template, messages, tools, wanted, untrained)
         else:
             proven = self._prove_texts(messages, wanted, untrained)
-        masked = self._tokenise(messages, proven)
+        masked = self._tokenize(messages, proven)
         self._refuse_dates(proven)
         return masked
 
@@ -349,8 +349,8 @@ class ConversationMasker:
         except MaskError:
             raise refusal from None
 
-    def _tokenise(self, messages: Messages, proven: ProvenText) -> MaskedConversation:
-        """Tokens of the whole text, tokenised once, and the completions among them."""
+    def _tokenize(self, messages: Messages, proven: ProvenText) -> MaskedConversation:
+        """Tokens of the whole text, tokenized once, and the completions among them."""
         text = proven.text
         encoding = self._tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False

@@ -17,7 +17,7 @@ from runner.errors import CorruptFileError
 from runner.files import hash_json, hash_sources, load_json
 from runner.recipe.identity import RULES
 
-# Libraries that read files, render chats, tokenise them, or write stored rows.
+# Libraries that read files, render chats, tokenize them, or write stored rows.
 _LIBRARIES: Final = (
     "transformers",
     "tokenizers",

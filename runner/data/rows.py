@@ -1,4 +1,4 @@
-"""Tokenises and masks the rows of a run and fits them into `data.max_length`. Only the labels
+"""Tokenizes and masks the rows of a run and fits them into `data.max_length`. Only the labels
 depend on the loss mode.
 """
 
@@ -33,7 +33,7 @@ _NUM_SHOWN: Final = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised row of a split.
+    """One tokenized row of a split.
 
     `spans` are its completions in `input_ids`: trained and scored turns with their ends. `contents`
     are the tokens of each that hold at least one byte of the row's own text; `num_bytes` counts
@@ -134,7 +134,7 @@ def build_samples(
     *,
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> Samples:
-    """All rows that a run trains and evaluates on, tokenised under the tokenizer's chat template.
+    """All rows that a run trains and evaluates on, tokenized under the tokenizer's chat template.
 
     `raw` avoids drawing the rows again if several models share them. `sign_of_life` is called for
     each row.

@@ -1,7 +1,7 @@
 """Masks drawn rows and writes them in shards, with several processes if cores are free.
 
-The processes are separate programs, not forks, so they hold none of the trainer's libraries and
-devices. They get pickles over a socket; both ends of it belong to the runner.
+The processes are separate programs, not forks, so they hold none of the training process's
+libraries and devices. They get pickles over a socket; both ends of it belong to the runner.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokenised rows in columnar files: written once, then mapped into memory by every process that
+"""Tokenized rows in columnar files: written once, then mapped into memory by every process that
 reads them.
 
 Owns the columns, and builds rows on access. `row_entries` decides when rows are stored and which
@@ -171,7 +171,7 @@ def list_lengths(rows: Sequence[Row]) -> list[int]:
 
 
 def _write_labels(columns: Mapping[str, Any], *, loss: Loss) -> dict[str, Any]:
-    """Rows of `StoredRows.build_dataset`, with their labels expanded for a trainer."""
+    """Rows of `StoredRows.build_dataset`, with their labels expanded for training."""
     labels = []
     for input_ids, bounds in zip(columns["input_ids"], columns["labels"], strict=True):
         places = _unflatten(bounds)

@@ -9,8 +9,8 @@ lengths, as in the first proof: the texts of a row are never searched.
 
 A completion begins where the generation prompt ends: the rendering of the messages before the turn,
 with the generation prompt, is the beginning of the whole. It ends where `turn_ends` says.
-Whitespace around a leaf, and the tags at which a template splits contents (`<think>`), stay as they
-are in the rendering of marks, so that the template treats both renderings alike.
+Whitespace around a leaf, and the tags at which a template splits contents (`<think>`), are not
+changed in the rendering of marks, so the template treats both renderings in the same way.
 
 If the template does not print a text of a turn to train, the row is refused, and the error names
 that text.
@@ -266,7 +266,7 @@ class _Walk:
                 found.append(rank)
         return found
 
-    def text_behind(self, rank: int) -> str:
+    def text_after(self, rank: int) -> str:
         """The template's own text after a piece's mark."""
         return self.pieces[rank + 1].before if rank + 1 < len(self.pieces) else self.tail
 
@@ -377,7 +377,7 @@ class _Places:
                 )
         ranks = self._walk.pieces_of(index)
         own = "".join(self._walk.pieces[rank].before for rank in range(ranks[0], ranks[-1] + 1))
-        own += self._walk.text_behind(ranks[-1])
+        own += self._walk.text_after(ranks[-1])
         for tag in set(THINK_TAGS.findall(str(message.get("content", "")))):
             if own.count(tag) < str(message["content"]).count(tag):
                 raise self._refuse_unprinted(index, f"the {tag} in the `content`")
@@ -458,7 +458,7 @@ class _Places:
                 " it",
                 hint="use a chat template that keeps the order of the turns",
             )
-        own = walk.text_behind(ranks[-1])
+        own = walk.text_after(ranks[-1])
         place = TurnText(
             self._chat, index, last.leaf.mark, first.before, own, self._method, self._tools
         )

@@ -79,7 +79,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
     kind = type(tokenizer)
     return hash_json(
         {
-            # Vocabulary, added tokens, normalisation and everything else that tokenises a text.
+            # Vocabulary, added tokens, normalization and everything else that tokenizes a text.
             "tokens": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "settings": {

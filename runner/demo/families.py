@@ -88,7 +88,7 @@ class Family:
 
     config_class: type[PreTrainedConfig]
     special_tokens: tuple[str, ...]
-    """In the order of their ids, which start at 0."""
+    """The special tokens in the order of their ids, which start at 0."""
     bos_token: str
     eos_token: str
     pad_token: str | None

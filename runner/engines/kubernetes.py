@@ -132,8 +132,8 @@ def _build_failure_rules() -> list[dict[str, Any]]:
     """The rules for a failed pod; the first that matches applies. A failure without a matching rule
     is counted.
 
-    Failures that the trainer is sure of come before a disruption of the pod, unexplained ones after
-    it: a pod that is being evicted may well crash.
+    Failures that the training process is sure of come before a disruption of the pod, unexplained
+    ones after it: a pod that is being evicted may well crash.
     """
     from runner.run.record import EXIT_CODES
 

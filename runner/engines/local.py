@@ -38,7 +38,7 @@ class LocalOptions:
     fail_fast: bool
     is_dry_run: bool
     uses_workers: bool  # if false, each run imports its libraries itself
-    again: str  # the command that continues stopped runs
+    again: str  # the command that resumes stopped runs
     output_root: Path
 
     @property
@@ -148,7 +148,7 @@ def _preview(planned: Sequence[Launch], devices: Devices) -> Iterator[tuple[Laun
         placement = devices.take(run.num_processes)
         if placement is None:
             while taken:
-                devices.give_back(taken.pop())
+                devices.release(taken.pop())
             placement = devices.take(run.num_processes)
             assert placement is not None, "`require` refuses what never fits"
         taken.append(placement)

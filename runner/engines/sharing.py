@@ -68,7 +68,7 @@ def require_memory(
         )
     if needs.num_bytes:
         smallest = min(known, key=lambda gpu: gpu.memory_mib or 0)
-        num_runs, total = refuse_what_does_not_fit(needs.num_bytes, smallest, per_gpu)
+        num_runs, total = refuse_oversized(needs.num_bytes, smallest, per_gpu)
         _note(
             f"the {num_runs} largest runs need an estimated {format_bytes(total)} of the"
             f" {format_bytes(_MIB * (smallest.memory_mib or 0))} of GPU {smallest.name}"
@@ -76,9 +76,7 @@ def require_memory(
         )
 
 
-def refuse_what_does_not_fit(
-    num_bytes: Mapping[str, int], gpu: NamedGpu, per_gpu: int
-) -> tuple[int, int]:
+def refuse_oversized(num_bytes: Mapping[str, int], gpu: NamedGpu, per_gpu: int) -> tuple[int, int]:
     """The number of runs that may share a GPU, and the total bytes of the largest ones.
 
     Raises:

@@ -188,7 +188,7 @@ class GridFiles:
 
 
 def refuse_losses(grids: Sequence[GridFiles], *, prune: bool) -> None:
-    """Raises RefusedError, which lists them, if rendering would overwrite or remove edited
+    """Raise RefusedError, which lists them, if rendering would overwrite or remove edited
     recipes.
     """
     rows: list[str] = []

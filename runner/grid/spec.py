@@ -167,7 +167,7 @@ def load_grid(templates_root: Path, grid: str) -> GridSpec:
 
 
 def raise_grid_problems(path: Path, wrong: Sequence[tuple[str, str]]) -> NoReturn:
-    """Raises GridError with the line of each dotted key of a grid file that is wrong."""
+    """Raise GridError with the line of each dotted key of a grid file that is wrong."""
     text = path.read_text(encoding="utf-8")
     problems = [Problem(key, what, find_line(key, text)) for key, what in wrong]
     raise GridError(RecipeError(str(path), problems).message)

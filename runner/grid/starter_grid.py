@@ -74,7 +74,7 @@ class StarterGrid:
         return self.get_values(COUNT_AXIS, self.data.train_counts)
 
     def check_counts(self) -> None:
-        """Raises RunnerError for a size that the rows do not allow."""
+        """Raise RunnerError for a size that the rows do not allow."""
         if None in self.counts:
             raise RunnerError(
                 "`--axis num_train_samples=...`: got null, expected numbers of rows",

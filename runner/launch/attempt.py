@@ -26,7 +26,7 @@ from runner.launch.run_files import (
     close_attempt,
     open_attempt,
     prepare_run,
-    refuse_uncontinuable,
+    refuse_unresumable,
     request_stop,
     take_lease,
 )
@@ -36,8 +36,8 @@ from runner.plan.status import find_divisor
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
 from runner.recipe.contents import list_changed
 from runner.recipe.identity import (
+    forget_versions,
     list_library_versions,
-    look_again_at_versions,
 )
 from runner.recipe.parse import derive_accumulation
 from runner.run.facts import RunFacts, read_facts
@@ -90,9 +90,9 @@ class FailedElsewhere(Exception):
         self.files = facts.paths.attempt(facts.attempts[-1].number)
 
 
-def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
+def refuse_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
     """Refuse a run that failed, or that a user stopped, after it was planned. A run that was killed
-    or stopped together with its sweep may continue.
+    or stopped together with its sweep may be resumed.
 
     The caller holds the lease, under which the facts were read.
 
@@ -120,7 +120,7 @@ _LOOK_SECONDS: Final = 0.02
 
 @dataclass
 class RunningAttempt:
-    """A started attempt; the trainer holds the lease as its stdin."""
+    """A started attempt; the training process holds the lease as its stdin."""
 
     paths: RunPaths
     attempt: Attempt
@@ -139,15 +139,15 @@ class RunningAttempt:
         return self.paths.attempt(self.attempt.number)
 
     def has_made_steps(self) -> bool:
-        """True if the trainer has finished an optimizer step in this attempt."""
+        """True if the training process has finished an optimizer step in this attempt."""
         progress = load_progress(self.files.progress_path)
         return progress is not None and progress.step > 0
 
-    def has_gone_on(self) -> bool:
+    def has_newer_checkpoint(self) -> bool:
         """True if the run has a newer checkpoint than before this attempt."""
         return _find_newest_step(self.paths) > self.first_step
 
-    def was_asked_to_leave(self) -> bool:
+    def was_asked_to_exit(self) -> bool:
         """True if someone asked this attempt to stop, so it is not retried automatically."""
         request = load_stop_request(self.paths)
         return self.stop_reason is not None or (
@@ -158,7 +158,7 @@ class RunningAttempt:
         """Ask it to checkpoint at the end of its step and exit, because its sweep exits. An earlier
         request by someone else applies to every sweep and is kept.
         """
-        if not self.was_asked_to_leave():
+        if not self.was_asked_to_exit():
             request_stop(self.paths, self.attempt.number, why, is_of_its_sweep=True)
 
     def kill(self, why: str) -> None:
@@ -188,7 +188,7 @@ class RunningAttempt:
             if failure is not None:
                 failure = failure.model_copy(
                     update={
-                        "message": failure.message + self._tell_of_sharing(failure),
+                        "message": failure.message + self._describe_sharing(failure),
                         "log_tail": read_log_tail(self.files.log_path),
                     }
                 )
@@ -215,7 +215,7 @@ class RunningAttempt:
                     break  # another process has already started the next attempt
                 time.sleep(_LOOK_SECONDS)
 
-    def _tell_of_sharing(self, failure: Failure) -> str:
+    def _describe_sharing(self, failure: Failure) -> str:
         """The part of an out-of-memory message about other runs on the same GPU; else empty."""
         num_runs = self.attempt.runs_per_gpu
         if failure.kind != "out_of_memory" or num_runs == 1:
@@ -291,7 +291,7 @@ def start_attempt(
     lease = take_lease(paths)
     if lease is None:
         raise HeldElsewhere
-    look_again_at_versions()
+    forget_versions()
     try:
         facts = read_facts(paths, lease=lease)
         divisor = launch.micro_batch_divisor or find_divisor(facts, recipe)
@@ -299,14 +299,14 @@ def start_attempt(
         if facts.result is None or launch.is_repair:
             _refuse_changed_inputs(launch)
         if facts.result is None:
-            refuse_uncontinuable(launch, command, facts, divisor)
+            refuse_unresumable(launch, command, facts, divisor)
         prepare_run(recipe, launch.contents, facts, names or NamesOnHub(), launch.resume)
         if launch.is_repair and facts.result is None:
             raise RefusedError(f"{paths.run_dir} is no longer completed: nothing to repair")
         if facts.result is not None and not launch.is_repair:
             lease.close()
             return None
-        refuse_what_failed_since(facts, launch.num_attempts)
+        refuse_failed_since(facts, launch.num_attempts)
         owner = name_owner(paths)
         # Kill processes that outlived an earlier attempt.
         kill_processes_of(lambda value: value.rpartition(":")[0] == owner)
@@ -409,13 +409,13 @@ def _record_cold(paths: RunPaths, lease: Lease) -> Attempt:
 def _start_launcher(
     attempt: Attempt, command: LaunchCommand, lease: Lease, owner: str, log: BinaryIO
 ) -> LauncherProcess:
-    told = {OWNER_VARIABLE: owner}
+    variables = {OWNER_VARIABLE: owner}
     if command.spans_machines:
-        told[ATTEMPT_VARIABLE] = str(attempt.number)
+        variables[ATTEMPT_VARIABLE] = str(attempt.number)
     return LauncherProcess(
         subprocess.Popen(
             command.argv,
-            env={**command.derive_environment(os.environ), **told},
+            env={**command.derive_environment(os.environ), **variables},
             stdin=lease.fileno(),
             stdout=log,
             stderr=subprocess.STDOUT,

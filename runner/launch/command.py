@@ -17,7 +17,7 @@ from runner.errors import RefusedError
 from runner.project_folder import pasteable
 from runner.recipe.parse import Recipe, derive_accumulation
 
-# Unbuffered output, and no thread pool of the tokenizers in addition to the trainer's threads.
+# Unbuffered output, and no thread pool of the tokenizers in addition to those of training.
 _ALWAYS: Final = {
     "ACCELERATE_LOG_LEVEL": "info",
     "PYTHONUNBUFFERED": "1",

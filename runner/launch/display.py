@@ -32,7 +32,7 @@ class SweepDisplay:
         self._num_runs = num_runs
         self._num_finished = 0
         self._last_line_at = time.monotonic()
-        self._told: set[tuple[str, str]] = set()  # (attempt folder, phase) already printed
+        self._printed: set[tuple[str, str]] = set()  # (attempt folder, phase) already printed
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         if self._console.is_terminal:
@@ -103,7 +103,7 @@ class SweepDisplay:
         and the reasons why others wait.
         """
         if self._bars is None:
-            self._tell_changes(current)
+            self._print_changes(current)
             if time.monotonic() - self._last_line_at >= self._quiet_seconds:
                 now = [
                     f"{name} {_describe(files, silent_seconds[name])[0]}"
@@ -122,7 +122,7 @@ class SweepDisplay:
                 self._tasks[name] = self._bars.add_task(name, total=1, now=text)
             self._bars.update(self._tasks[name], completed=0, total=1, now=text)
 
-    def _tell_changes(self, current: Mapping[str, AttemptPaths]) -> None:
+    def _print_changes(self, current: Mapping[str, AttemptPaths]) -> None:
         for name, files in current.items():
             attempt = str(files.attempt_dir)
             progress = load_progress(files.progress_path)
@@ -130,8 +130,8 @@ class SweepDisplay:
                 continue
             # "waiting for the other processes" occurs many times; print it once.
             kind = progress.phase.partition(" ")[0]
-            if (attempt, kind) not in self._told:
-                self._told.add((attempt, kind))
+            if (attempt, kind) not in self._printed:
+                self._printed.add((attempt, kind))
                 is_known = progress.max_steps is not None
                 step = f", step {progress.step}/{progress.max_steps}" if is_known else ""
                 self._say_counted(f"{name}  {progress.phase}{step}")

@@ -28,7 +28,7 @@ class HeldRuns:
 
     due_at: dict[str, float] = field(default_factory=dict)
     runs: dict[str, Launch] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
+    _reported: set[str] = field(default_factory=set)
 
     def __bool__(self) -> bool:
         return bool(self.runs)
@@ -49,18 +49,18 @@ class HeldRuns:
                 self.due_at[name] = now + _LOOK_SECONDS
                 continue
             del self.runs[name], self.due_at[name]
-            self._told.discard(name)
+            self._reported.discard(name)
             free.append(run)
         return free
 
-    def describe_untold(self) -> str | None:
+    def describe_unreported(self) -> str | None:
         """A line with the runs that are waited for; None if all of them were reported before."""
-        untold = [run for name, run in self.runs.items() if name not in self._told]
-        if not untold:
+        unreported = [run for name, run in self.runs.items() if name not in self._reported]
+        if not unreported:
             return None
-        self._told |= self.runs.keys()
-        what = format_count(len(untold), "run")
-        named = ", ".join(f"{run.full_name} ({describe_holder(run.paths)})" for run in untold)
+        self._reported |= self.runs.keys()
+        what = format_count(len(unreported), "run")
+        named = ", ".join(f"{run.full_name} ({describe_holder(run.paths)})" for run in unreported)
         return f"waiting for {what} that another sweep holds: {named}; Ctrl-C stops waiting"
 
 
@@ -77,7 +77,7 @@ def describe_holder(paths: RunPaths) -> str:
     """The process that holds a run, if it is visible on this machine; else the machine on which the
     last attempt was started.
     """
-    # The first holder is the sweep: it is older than the trainer that it started.
+    # The first holder is the sweep: it is older than the training process that it started.
     for pid in list_holders(paths.lease_path):
         return f"process {pid} on {socket.gethostname()}"
     try:

@@ -85,7 +85,7 @@ def print_failures(result: PoolResult) -> None:
 
 def print_stop(result: PoolResult, again: str) -> None:
     """Print the runs that a signal left undone, the step from which each resumes, and the command
-    to continue.
+    that resumes them.
     """
     if result.stopped_by is None:
         return
@@ -128,8 +128,8 @@ def _describe_new(runs: Sequence[Launch]) -> str:
 
 def end_log(log_path: Path, number: int, failure: Failure, step: int) -> None:
     """Append to the log how an attempt without a result ended. Otherwise it would end with
-    `accelerate`'s traceback, even if the trainer was asked to stop. `step` is that of the newest
-    checkpoint, 0 if there is none.
+    `accelerate`'s traceback, even after a requested stop. `step` is that of the newest checkpoint,
+    0 if there is none.
     """
     first_line = failure.message.partition("\n")[0]
     line = f"runner: attempt {number} ended, {failure.kind}: {first_line}"

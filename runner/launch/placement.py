@@ -32,7 +32,7 @@ RequireRuns = Callable[[Sequence[Launch]], None]
 
 @dataclass(frozen=True)
 class PlanRuns:
-    """Returns the runs to launch.
+    """Chooses the runs to launch.
 
     An engine calls it once, with the runs that it has already queued, the stream on which to print
     the decisions, and its own checks of the runs to launch, which are made before any run is moved
@@ -193,7 +193,7 @@ class Devices:
             return self.allocation.place(num_processes)
         return Placement(num_processes, None, num_cores)
 
-    def give_back(self, placement: Placement) -> None:
+    def release(self, placement: Placement) -> None:
         """Undo `take`."""
         if placement.devices is not None and self.gpus is not None:
             for gpu in placement.devices:

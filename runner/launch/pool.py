@@ -63,7 +63,7 @@ def run_planned(
 ) -> PoolResult:
     """Run everything; returns how the runs ended, and prints those that are not done.
 
-    `again` is the command that continues them after a stop. `uses_workers` forks the runs that can
+    `again` is the command that resumes them after a stop. `uses_workers` forks the runs that can
     be forked. `awaits_held` starts runs that another sweep holds once they are free. The models of
     the completed runs `to_push` are pushed meanwhile.
     """
@@ -116,8 +116,8 @@ def run_pool(
             for one in to_push:
                 pushes.add(one)
             while not signals.received and pool.has_work():
-                pool.take_up_due()
-                pool.wait(is_in_a_hurry=pool.start_next())
+                pool.queue_due_runs()
+                pool.wait(is_urgent=pool.start_next())
             if signals.received:
                 pool.leave(
                     f"the runner was stopped by {signal.Signals(signals.received[0]).name}",
@@ -168,9 +168,9 @@ class _Pool:
     def has_work(self) -> bool:
         """True while anything runs or still has to run."""
         is_any_left = bool(self.starting or self.active or self.later) or self.pushes.has_work()
-        return is_any_left or self.wants_to_start()
+        return is_any_left or self.can_start()
 
-    def wants_to_start(self) -> bool:
+    def can_start(self) -> bool:
         return bool(self.waiting or self.held) and not self.is_given_up()
 
     def is_given_up(self) -> bool:
@@ -178,7 +178,7 @@ class _Pool:
             failed.failure.kind != "preempted" for failed in self.result.failed
         )
 
-    def take_up_due(self) -> None:
+    def queue_due_runs(self) -> None:
         """Put runs whose retry is due, or whose lease is free again, ahead of those that never
         started.
         """
@@ -199,7 +199,7 @@ class _Pool:
         """Start the next run if there is room; True if it is worth trying again immediately."""
         placement = (
             self.devices.take(self.waiting[0].num_processes)
-            if self.waiting and self.wants_to_start()
+            if self.waiting and self.can_start()
             else None
         )
         if placement is None:
@@ -209,7 +209,7 @@ class _Pool:
             command = build_command(run, placement)
         except RunnerError as error:
             self._record_refused(run, error)
-            self.devices.give_back(placement)
+            self.devices.release(placement)
             return True
         key = self.workers.find_key(run, command)
         worker = None if key is None else self.workers.take(key)
@@ -222,7 +222,7 @@ class _Pool:
         self._begin(run, command, placement, worker)
         return True
 
-    def _hear(self, worker: Worker) -> None:
+    def _start_on_worker(self, worker: Worker) -> None:
         """Start the run that waited for a worker, once its imports have ended or failed."""
         self.selector.unregister(worker)
         run, command, _, placement = self.starting.pop(worker.fileno())
@@ -234,7 +234,7 @@ class _Pool:
         for descriptor, (run, _, worker, placement) in self.starting.items():
             self.selector.unregister(descriptor)
             worker.end()
-            self.devices.give_back(placement)
+            self.devices.release(placement)
             self.waiting.append(run)
         self.starting = {}
 
@@ -244,7 +244,7 @@ class _Pool:
         """Start a run at a placement; if that fails, wait, retry or record the failure."""
         attempt = self._start(run, command, worker)
         if attempt is None:
-            self.devices.give_back(placement)
+            self.devices.release(placement)
             self._keep(worker)
             return
         self._keep(None)
@@ -313,7 +313,7 @@ class _Pool:
     def _keep(self, worker: Worker | None) -> None:
         """Give back an idle worker, and end workers that no waiting run needs."""
         if worker is not None:
-            self.workers.give_back(worker)
+            self.workers.release(worker)
         waiting = (
             [*self.waiting, *(one.run for one in self.later)] if not self.is_given_up() else []
         )
@@ -329,21 +329,21 @@ class _Pool:
             Silence(None if minutes is None else 60 * minutes, time.monotonic(), None),
         )
 
-    def wait(self, *, is_in_a_hurry: bool = False) -> None:
+    def wait(self, *, is_urgent: bool = False) -> None:
         """Wait until something ends, a signal comes, or the display is due for an update."""
-        for key, _ in self.selector.select(0 if is_in_a_hurry else self.pause_seconds()):
+        for key, _ in self.selector.select(0 if is_urgent else self.pause_seconds()):
             if key.fd == self.signals.fileno():
                 self.signals.drain()
             elif isinstance(key.data, RunningPush):
                 self.pushes.finish(key.fd)
             elif isinstance(key.data, Worker):
                 if not self.is_given_up():
-                    self._hear(key.data)
+                    self._start_on_worker(key.data)
             else:
                 self.finish(key.fd)
         now = time.monotonic()
         for worker in [one for _, _, one, _ in self.starting.values() if one.is_overdue(now)]:
-            self._hear(worker)
+            self._start_on_worker(worker)
         if self.is_given_up():
             self._end_starting()
         for watch in self.watches.values():
@@ -359,7 +359,7 @@ class _Pool:
         }
         waiting |= {name: "is run by another sweep" for name in self.held.runs}
         is_busy = self.active or self.starting or self.later or self.waiting
-        if not is_busy and not self.signals.received and (line := self.held.describe_untold()):
+        if not is_busy and not self.signals.received and (line := self.held.describe_unreported()):
             self.display.say(line)
         waiting |= self.pushes.describe()
         self.display.update(
@@ -406,7 +406,7 @@ class _Pool:
         run, attempt, placement = self.active.pop(pidfd)
         del self.watches[pidfd]
         failure = attempt.finish()
-        self.devices.give_back(placement)
+        self.devices.release(placement)
         if failure is not None:
             self._retry_or_record(run, FailedRun(run, failure, attempt.files.log_path), attempt)
         else:
@@ -427,12 +427,12 @@ class _Pool:
     ) -> None:
         failures = self.failures.setdefault(run.full_name, [])
         # Progress clears earlier failures: a run of weeks may lose its network once a day.
-        if attempt is not None and attempt.has_gone_on():
+        if attempt is not None and attempt.has_newer_checkpoint():
             failures[:] = [failure for failure in failures if failure.kind == "out_of_memory"]
         failures.append(failed.failure)
         has_made_steps = attempt is not None and attempt.has_made_steps()
         retry = None
-        if attempt is None or not attempt.was_asked_to_leave():
+        if attempt is None or not attempt.was_asked_to_exit():
             retry = decide_retry(
                 run.recipe,
                 failures,

@@ -142,7 +142,7 @@ class Pushes:
     """The pushes of a sweep, a few at a time, in the order in which their runs completed."""
 
     say: Callable[[str], None]
-    tell_end: Callable[[str, str], None]  # name of a run, and the outcome of its push
+    report_end: Callable[[str, str], None]  # name of a run, and the outcome of its push
     selector: selectors.BaseSelector
     awaits_held: bool = False  # wait for pushes by other processes
     waiting: list[Selected] = field(default_factory=list)
@@ -150,7 +150,7 @@ class Pushes:
     # Pushes by other processes: name of the run -> the push, and the time of the next check.
     held: dict[str, tuple[RunningPush, float]] = field(default_factory=dict)
     was_ended: bool = False  # before all were done
-    _told: set[str] = field(default_factory=set)  # runs reported as waiting for another's push
+    _reported: set[str] = field(default_factory=set)  # runs reported as waiting for another's push
     _is_closed: bool = False
 
     def has_work(self) -> bool:
@@ -170,15 +170,15 @@ class Pushes:
         push = self._take(pidfd)
         name = push.selected.full_name
         if push.is_left_to_other() and self.awaits_held:
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._reported:
+                self._reported.add(name)
                 self.say(
                     f"{name}  waiting for its push to {push.repo_id} by another process;"
                     " Ctrl-C stops waiting"
                 )
             self.held[name] = (push, time.monotonic() + _LOOK_SECONDS)
         else:
-            self.tell_end(name, push.describe_end())
+            self.report_end(name, push.describe_end())
         self._start_next()
 
     def look(self, now: float) -> None:
@@ -222,14 +222,14 @@ class Pushes:
             try:
                 push = start_push(selected)
             except (CorruptFileError, OSError) as error:  # a failed push never fails a run
-                self.tell_end(selected.full_name, f"completed, but not pushed: {error}")
+                self.report_end(selected.full_name, f"completed, but not pushed: {error}")
                 continue
             if push is not None:
                 pidfd = os.pidfd_open(push.process.pid)
                 self.active[pidfd] = push
                 self.selector.register(pidfd, selectors.EVENT_READ, data=push)
-            elif selected.full_name in self._told:
-                self.tell_end(
+            elif selected.full_name in self._reported:
+                self.report_end(
                     selected.full_name,
                     _describe_pushed(selected.paths) or "has nothing left to push",
                 )

@@ -20,7 +20,7 @@ from runner.launch.placement import name_cluster_job
 from runner.launch.provenance import read_provenance
 from runner.launch.worker import Worker
 from runner.plan.decide import Launch
-from runner.plan.status import describe_change, find_differences, suggest_mending
+from runner.plan.status import describe_change, find_differences, suggest_fixes
 from runner.project_folder import name_project
 from runner.recipe.identity import (
     RULES,
@@ -73,7 +73,7 @@ def prepare_run(
         raise RefusedError(
             f"{paths.run_dir} is damaged: an attempt completed it, but {paths.result_path.name} is"
             " missing",
-            hint=suggest_mending({paths.result_path.name: "is missing"}),
+            hint=suggest_fixes({paths.result_path.name: "is missing"}),
         )
     if facts.result is None:
         stored = facts.stored
@@ -108,10 +108,10 @@ def _keep_first(recipe: Recipe, facts: RunFacts) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def refuse_uncontinuable(
+def refuse_unresumable(
     launch: Launch, command: LaunchCommand, facts: RunFacts, divisor: int
 ) -> None:
-    """Refuse early to resume a checkpoint of another launch, which the trainer would refuse later.
+    """Refuse to resume a checkpoint of another launch, before the training process does so.
 
     The caller holds the lease, under which the facts were read, and has written nothing yet, so
     `recipe.json` still has the previous launch settings.
@@ -124,7 +124,7 @@ def refuse_uncontinuable(
         return
     recipe = stored.state_as_before(launch.recipe)
     digest = derive_digest(recipe, launch.contents)
-    if stored.digest_today != digest:  # another experiment, which `prepare_run` refuses
+    if stored.current_digest != digest:  # another experiment, which `prepare_run` refuses
         return
     threads = command.environment.get("OMP_NUM_THREADS")
     choice = look_ahead(

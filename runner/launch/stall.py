@@ -1,9 +1,9 @@
 """Watches a running attempt: a suspended one is continued. For one that hangs, the stacks of
 its ranks are requested, then it is killed.
 
-A sign of life is any change of the attempt's `progress.json`, which the trainer writes or touches
-as part of its work. Signals reach only the processes on this machine; on other machines the ranks
-end with their launcher.
+A sign of life is any change of the attempt's `progress.json`, which the training process writes
+or touches as part of its work. Signals reach only the processes on this machine; on other machines
+the ranks end with their launcher.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ class StallWatch:
 
     def look(self, now: float) -> None:
         """Record signs of life, and act if there are none."""
-        has_lived = self.silence.look(now, look_at_sign(self.files.progress_path))
+        is_alive = self.silence.look(now, look_at_sign(self.files.progress_path))
         if self._is_over:
             return
         if self._to_ask is not None:
-            if has_lived:
+            if is_alive:
                 self._to_ask = None
                 self._note("there is a sign of life again; the attempt continues")
             else:
@@ -136,12 +136,12 @@ class StallWatch:
             signal_process_of(pid, self.is_meant, signal.SIGCONT)
         if stopped and self.silence.grant_grace():
             shown = ", ".join(map(str, stopped))
-            self._tell(f"{self._describe()}: process {shown} was stopped; continued")
+            self._report(f"{self._describe()}: process {shown} was stopped; continued")
             return
         self._to_ask = [pid for pid in pids if writes_stacks(pid)]
         self._asked, self._asked_at, self._log_size = [], now, -1
         stacks = f"stacks of {_count_processes(len(self._to_ask))}"
-        self._tell(f"{self._describe()}: asking for the {stacks}")
+        self._report(f"{self._describe()}: asking for the {stacks}")
 
     def _ask_next(self, now: float, to_ask: list[int]) -> None:
         """Ask one process after another, each under its own heading, because `faulthandler` does
@@ -177,7 +177,7 @@ class StallWatch:
         child = f", a child of process {parent}" if parent in self._asked else ""
         return f"rank {_read_rank(pid)}, process {pid}{child}"
 
-    def _tell(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         self._note(line)
         self.say(line)
 

@@ -1,7 +1,7 @@
-"""Warm starts: a worker of the sweep has imported a trainer's libraries, and forks one trainer per
-attempt.
+"""Warm starts: a worker of the sweep has imported the libraries for training, and forks one
+training process per attempt.
 
-A worker is started like a trainer, by `accelerate launch` in the same environment. It runs
+A worker is started like a training process, by `accelerate launch` in the same environment. It runs
 `runner.sft.worker`; this module is the sweep's side. They exchange JSON messages over a socket
 pair that is the worker's stdin; some messages carry open files:
 
@@ -42,9 +42,9 @@ from runner.processes import (
     leave_room_for_owners,
 )
 from runner.recipe.identity import (
+    forget_versions,
     list_library_versions,
     load_launch_settings,
-    look_again_at_versions,
 )
 from runner.recipe.libraries import find_unused_libraries
 from runner.recipe.parse import Recipe
@@ -69,7 +69,7 @@ _FOR_IMPORTS: Final = {
 
 @dataclass(frozen=True)
 class Imports:
-    """The settings of a recipe that decide how a trainer imports its libraries."""
+    """The settings of a recipe that decide how a training process imports its libraries."""
 
     launch_config: str  # a hash of the file's bytes
     hidden: tuple[str, ...]  # libraries that are made to look uninstalled
@@ -126,18 +126,18 @@ class Worker:
         Raises:
             OSError: it cannot be started.
         """
-        look_again_at_versions()
+        forget_versions()
         versions, sources = list_library_versions(), _list_sources()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_ANSWER_SECONDS)
         output = os.fdopen(os.memfd_create("worker's output"), "w+b")
         environment = command.derive_environment(os.environ)
-        told = {OWNER_VARIABLE: leave_room_for_owners(f"worker of process {os.getpid()}")}
+        variables = {OWNER_VARIABLE: leave_room_for_owners(f"worker of process {os.getpid()}")}
         with theirs:
             try:
                 popen = subprocess.Popen(
                     [*key.argv, "-m", "runner.sft.worker", *key.imports.hidden],
-                    env={**_FOR_IMPORTS, **environment, **told},
+                    env={**_FOR_IMPORTS, **environment, **variables},
                     stdin=theirs.fileno(),
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -180,7 +180,7 @@ class Worker:
         """The reason why a new worker is needed, such as a changed library or source; else None."""
         if not self.is_alive():
             return "it has ended"
-        look_again_at_versions()
+        forget_versions()
         if (versions := list_library_versions()) != self.versions:
             return f"{_list_differences(self.versions, versions)} was installed meanwhile"
         sources = _list_sources()
@@ -264,7 +264,7 @@ class Worker:
 
 @dataclass
 class ForkedProcess:
-    """The trainer of one attempt, a child of a worker: a warm start."""
+    """The training process of one attempt, a child of a worker: a warm start."""
 
     worker: Worker
     pid: int

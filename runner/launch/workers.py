@@ -89,7 +89,7 @@ class Workers:
         self._useless.add(key.imports)
         self.say(f"runs start cold, because no worker can fork them: {why}")
 
-    def give_back(self, worker: Worker) -> None:
+    def release(self, worker: Worker) -> None:
         """Keep a worker for the next run, or end it."""
         if worker.is_worn or not worker.is_alive():
             worker.end()

@@ -1,4 +1,4 @@
-"""Loads the base model of a recipe, quantised as the recipe says and with a row for its pad token,
+"""Loads the base model of a recipe, quantized as the recipe says and with a row for its pad token,
 and builds the LoRA configuration.
 """
 
@@ -25,7 +25,7 @@ def load_model(
     """The base model, or the whole model in `weights_dir`, set up for the tokenizer's pad token and
     ends of turns.
 
-    Quantised weights are loaded onto the GPU of `local_rank`, the process's number on its machine.
+    Quantized weights are loaded onto the GPU of `local_rank`, the process's number on its machine.
 
     Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` reads
     them to partition weights while loading.
@@ -52,7 +52,7 @@ def load_model(
 
 
 def build_load_arguments(recipe: Recipe, local_rank: int = 0) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for the recipe's dtype, attention and quantisation."""
+    """The arguments of `from_pretrained` for the recipe's dtype, attention and quantization."""
     quantization = build_quantization_config(recipe)
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, recipe.model.dtype),
@@ -133,7 +133,7 @@ def build_generation_config(base: GenerationConfig, tokenizer: Any) -> Generatio
 
 
 def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
-    """The bitsandbytes configuration, None for unquantised weights."""
+    """The bitsandbytes configuration, None for unquantized weights."""
     quantization = recipe.quantization
     if isinstance(quantization, FourBit):
         return BitsAndBytesConfig(
@@ -156,7 +156,7 @@ def keep_four_bit_gradients(model: torch.nn.Module) -> None:
     kernel `bitsandbytes::gemv_4bit` has no autograd formula, and nothing raises (measured with
     bitsandbytes 0.50).
     """
-    if sys.modules.get("bitsandbytes") is None:  # it is hidden if nothing is quantised
+    if sys.modules.get("bitsandbytes") is None:  # it is hidden if nothing is quantized
         return
     from bitsandbytes.nn import Linear4bit
 
@@ -175,7 +175,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
 
 
 def keep_adapters_in_float32(model: torch.nn.Module) -> None:
-    """Cast the adapters of a quantised model to float32.
+    """Cast the adapters of a quantized model to float32.
 
     TRL makes them bfloat16, but a resume loads them as float32, so a resumed run would differ by
     5e-4 in loss after 10 steps (measured with trl 1.16, peft 0.21).

@@ -3,7 +3,7 @@
 Memory: weights, adapter, gradients and optimizer states are exact, activations kept by autograd are
 traced (`size`), and the rest is assumed (`ASSUMPTIONS`; docs/preflight.md explains all three).
 Disk: the checkpoints that are kept, the one being written, and the export. `runner check` estimates
-a whole grid; the trainer checks the disk before it trains and before each checkpoint.
+a whole grid; the training process checks the disk before it trains and before each checkpoint.
 """
 
 from __future__ import annotations

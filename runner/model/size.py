@@ -45,13 +45,13 @@ class TrainedTensor:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes in parameters and bytes. `base_bytes` are the weights as stored, quantised or not,
+    """Sizes in parameters and bytes. `base_bytes` are the weights as stored, quantized or not,
     without LoRA.
     """
 
     num_base_parameters: int
     base_bytes: int
-    largest_dequantized_bytes: int  # one layer at a time is unpacked; 0 without quantisation
+    largest_dequantized_bytes: int  # one layer at a time is unpacked; 0 without quantization
     trained: tuple[TrainedTensor, ...]
     num_layers: int
     hidden_size: int
@@ -128,7 +128,7 @@ def load_config(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def measure_model(recipe: Recipe, config: Any) -> ModelSize:
-    """The size of the recipe's model under its adapter and quantisation."""
+    """The size of the recipe's model under its adapter and quantization."""
     model = _build(recipe, config, num_layers=None)
     quantized = _find_quantized(recipe, model)
     base_bytes, largest = 0, 0
@@ -214,7 +214,7 @@ def _adapt(recipe: Recipe, model: Any) -> Any:
 
 
 def _find_quantized(recipe: Recipe, model: Any) -> set[str]:
-    """Names of the linear layers that bitsandbytes quantises."""
+    """Names of the linear layers that bitsandbytes quantizes."""
     if recipe.quantization.method == "none":
         return set()
     kept = tuple(get_keys_to_not_convert(model))
@@ -228,7 +228,7 @@ def _find_quantized(recipe: Recipe, model: Any) -> set[str]:
 
 
 def _quantized_bytes(recipe: Recipe, weight: torch.Tensor) -> int:
-    """Bytes of one quantised weight and its scales, as bitsandbytes 0.50 stores them."""
+    """Bytes of one quantized weight and its scales, as bitsandbytes 0.50 stores them."""
     num_elements, quantization = weight.numel(), recipe.quantization
     if isinstance(quantization, EightBit):
         return num_elements + 4 * weight.shape[0]  # one float32 scale per row

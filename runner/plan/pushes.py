@@ -117,9 +117,9 @@ def refuse_pushes(planned: Sequence[PlannedPush], environment: Mapping[str, str]
     """
     if not any(one.is_due for one in planned):
         return
-    shared, ways_out = _find_shared(planned)
+    shared, alternatives = _find_shared(planned)
     lines = [*shared, *_find_placeholders(planned)]
-    hints = [_HINT, *ways_out] if lines else []
+    hints = [_HINT, *alternatives] if lines else []
     if environment is not None and not environment.get("HF_TOKEN", "").strip():
         lines.append("HF_TOKEN is not set, and a push needs a token with write access")
         hints.append(TOKEN_HINT)
@@ -149,7 +149,7 @@ def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
     """A line for each repository that several runs would be pushed to, or that another run of the
     same output root was or will be pushed to; and remedies for the latter.
     """
-    lines, ways_out = [], []
+    lines, alternatives = [], []
     by_repository: dict[str, list[PlannedPush]] = {}
     for one in planned:
         by_repository.setdefault(one.repo_id.casefold(), []).append(one)
@@ -175,8 +175,8 @@ def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
                     f" {other.run_dir} will be pushed there too; its last push"
                     f" {'failed' if other.record.state == 'failed' else 'is pending'}"
                 )
-                ways_out.append(suggest_elsewhere(other.run_dir))
-    return lines, ways_out
+                alternatives.append(suggest_elsewhere(other.run_dir))
+    return lines, alternatives
 
 
 def suggest_elsewhere(run_dir: Path) -> str:

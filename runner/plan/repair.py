@@ -8,7 +8,7 @@ from __future__ import annotations
 from runner.checkpoints.archive import verify_archive
 from runner.checkpoints.marker import find_damage
 from runner.errors import CorruptFileError, RefusedError
-from runner.plan.status import NOT_VERIFIABLE, RunStatus, is_verifiable, suggest_mending
+from runner.plan.status import NOT_VERIFIABLE, RunStatus, is_verifiable, suggest_fixes
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.manifest import is_of_model
@@ -53,7 +53,7 @@ def find_repair_step(facts: RunFacts, status: RunStatus, recipe: Recipe) -> int 
 def _refuse_others(paths: RunPaths, others: dict[str, str]) -> RefusedError:
     return RefusedError(
         f"{paths.run_dir} has damage that `--repair` cannot fix:\n{_list(others)}",
-        hint=suggest_mending(others),
+        hint=suggest_fixes(others),
     )
 
 

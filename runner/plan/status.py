@@ -91,7 +91,7 @@ class RunStatus(Fact):
         notes += [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
         if self.obstacles:
             notes.append(
-                f"step {self.checkpoint_step} cannot be continued: {', '.join(self.obstacles)}"
+                f"step {self.checkpoint_step} cannot be resumed: {', '.join(self.obstacles)}"
             )
         elif self.version_changes:
             notes.append(
@@ -379,19 +379,19 @@ def is_verifiable(facts: RunFacts) -> bool:
 NOT_VERIFIABLE: Final = "cannot be verified: it was completed before checksums were recorded"
 
 
-def suggest_mending(damage: Mapping[str, str]) -> str:
+def suggest_fixes(damage: Mapping[str, str]) -> str:
     """The remedy for a damaged run."""
     if foreign := [name for name, what in damage.items() if what == FOREIGN]:
         moved = f"move {', '.join(foreign)} elsewhere"
         others = {name: what for name, what in damage.items() if what != FOREIGN}
-        return f"{moved}; then {suggest_mending(others)}" if others else moved
-    anew = "`runner launch RECIPE --fresh` moves the run aside and starts from step 0"
+        return f"{moved}; then {suggest_fixes(others)}" if others else moved
+    from_start = "`runner launch RECIPE --fresh` moves the run aside and starts from step 0"
     if all(map(is_of_model, damage)):
         return (
             "`runner launch RECIPE --repair` rewrites model/ from the best checkpoint;"
-            f" if that checkpoint is lost, {anew}"
+            f" if that checkpoint is lost, {from_start}"
         )
-    return f"restore the files from a copy of the run; without a copy, {anew}"
+    return f"restore the files from a copy of the run; without a copy, {from_start}"
 
 
 def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
@@ -428,14 +428,14 @@ def _look_ahead(
     divisor = find_divisor(facts, recipe)
     try:
         choice = look_ahead(
-            inventory, recipe, stored.digest_today, num_processes, divisor=divisor, resume=resume
+            inventory, recipe, stored.current_digest, num_processes, divisor=divisor, resume=resume
         )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}
     # The obstacles are those of the deciding checkpoint, which may be an older one.
-    is_told = choice.obstacles or choice.version_warnings
+    is_shown = choice.obstacles or choice.version_warnings
     return {
-        "checkpoint_step": choice.decisive_step if is_told else choice.newest_step,
+        "checkpoint_step": choice.decisive_step if is_shown else choice.newest_step,
         "obstacles": choice.obstacles,
         "version_changes": choice.version_warnings,
     }
@@ -463,7 +463,7 @@ def find_hint(status: RunStatus) -> str | None:
     if status.state == "unreadable":
         return UNREADABLE_HINT
     if status.state == "damaged":
-        return suggest_mending(status.damage)
+        return suggest_fixes(status.damage)
     if status.state == "changed" or status.failure is None:
         return None  # a changed run is refused, so the hint of its last failure would be wrong
     return HINTS[status.failure.kind]

@@ -31,14 +31,14 @@ from runner.plan.status import (
     describe_unreadable,
     find_divisor,
     is_verifiable,
-    suggest_mending,
+    suggest_fixes,
     verify_files,
 )
 from runner.processes import list_holders
 from runner.recipe.contents import (
     ContentHashes,
     hash_contents,
-    hash_what_is_there,
+    hash_existing,
     list_content_paths,
     list_missing_files,
 )
@@ -90,7 +90,7 @@ class Explanation:
     choice: Choice
     remote_url: str | None  # searched for checkpoints if the run has none
     files: str | None = None  # of a completed run: the state of its recorded files
-    mending: str | None = None  # of a damaged run: the remedy
+    remedy: str | None = None  # of a damaged run: the remedy
 
     def as_json(self) -> dict[str, Any]:
         """For scripts: `next` is the action of `runner launch`, `start_step` the step where it
@@ -209,7 +209,7 @@ def _read_inputs(recipe: Recipe, hashes: ContentHashes) -> tuple[dict[str, str],
     except DataError as error:
         found: dict[str, str] = {}
         with contextlib.suppress(OSError):  # `error` reports it
-            found = hash_what_is_there(recipe, hashes)
+            found = hash_existing(recipe, hashes)
         return found, error
 
 
@@ -303,7 +303,7 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         choice=evidence.choice,
         remote_url=remote.url if remote is not None and remote.load else None,
         files=_describe_files(facts, status, evidence.no_repair),
-        mending=_suggest_mending(status, evidence.no_repair),
+        remedy=_suggest_fixes(status, evidence.no_repair),
     )
 
 
@@ -327,12 +327,12 @@ def _decide_all(
     }
 
 
-def _suggest_mending(status: RunStatus, no_repair: RefusedError | None) -> str | None:
+def _suggest_fixes(status: RunStatus, no_repair: RefusedError | None) -> str | None:
     """The remedy for a damaged run."""
     if status.state != "damaged":
         return None
     if no_repair is None or no_repair.hint is None:
-        return suggest_mending(status.damage)
+        return suggest_fixes(status.damage)
     return no_repair.hint
 
 
@@ -373,7 +373,7 @@ def _verify_checkpoints(
     nothing_follows: str | None,
 ) -> Choice:
     stored, paths, divisor = facts.stored, facts.paths, find_divisor(facts, recipe)
-    digest = stored.digest_today if stored else derive_digest(recipe, contents)
+    digest = stored.current_digest if stored else derive_digest(recipe, contents)
     current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
     with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
         verification = Verification(paths, recipe.checkpoints, Path(scratch))
@@ -400,7 +400,7 @@ def build_lines(found: Explanation) -> list[str]:
         ("state", f"{status.state}: {status.why}"),
         ("rule", RULES[status.state]),
         *((("files", found.files),) if found.files is not None else ()),
-        *((("hint", found.mending),) if found.mending is not None else ()),
+        *((("hint", found.remedy),) if found.remedy is not None else ()),
         *(("differs", line) for line in status.differences),
         *(("differs", line) for line in status.obstacles),
         *(

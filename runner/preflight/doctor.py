@@ -102,7 +102,7 @@ class _Lacks:
 
 
 def _complete_hint(hint: str, runs: Sequence[Selected]) -> str:
-    """Return the hint with the recipe of one of the runs, ready to paste in the user's folder.
+    """The hint with the recipe of one of the runs, ready to paste in the user's folder.
 
     `launch` does not accept run directories, so runs without a recipe file keep the word RECIPE.
     """
@@ -328,7 +328,7 @@ def _note_slow(recipe: Recipe, machine: Machine) -> Iterator[Need]:
 
 
 def _suggest_fewer(recipe: Recipe, num_gpus: int, num_machines: int) -> str | None:
-    """Return the launch on as many of the GPUs as keep the global batch."""
+    """The launch on as many of the GPUs as keep the global batch."""
     for count in range(num_gpus * num_machines, 0, -num_machines):
         with contextlib.suppress(RefusedError):
             derive_accumulation(recipe, count)

@@ -1,7 +1,7 @@
 """`runner masks`: shows the tokens of a row as the model sees them, and marks the trained ones.
 
-Views are built by the trainer's own functions and printed for a terminal, as an HTML page or as
-JSON. A tokenizer is loaded, never a model.
+Views are built by the functions that training uses, and printed for a terminal, as an HTML page or
+as JSON. A tokenizer is loaded, never a model.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def _choose(
 def build_view(
     fitted: FittedRow, recipe: Recipe, tokenizer: Any, *, split: str, number: int
 ) -> RowView:
-    """Build the view of one row under the recipe's loss, from the ids and labels that the trainer
-    gets.
+    """Build the view of one row under the recipe's loss, from the ids and labels that training
+    uses.
     """
     raw, masked, row = fitted.raw, fitted.masked, fitted.row
     seen = list(range(len(masked.input_ids)))
@@ -327,18 +327,18 @@ class _Display:
     token: TokenView
 
 
-def format_views(views: Sequence[RowView], recipe: Recipe, how: str, *, is_coloured: bool) -> str:
+def format_views(views: Sequence[RowView], recipe: Recipe, how: str, *, is_colored: bool) -> str:
     """The output of `runner masks`; `how` is ansi, html or json."""
     if how == "json":
         return json.dumps(_as_json(views, recipe), indent=1) + "\n"
     if how == "html":
         return _as_html(views, recipe)
-    return "\n".join(_as_text(views, recipe, is_coloured))
+    return "\n".join(_as_text(views, recipe, is_colored))
 
 
-def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Iterator[str]:
+def _as_text(views: Sequence[RowView], recipe: Recipe, is_colored: bool) -> Iterator[str]:
     yield f"{recipe.run.full_name}: {recipe.model.path}, loss: {recipe.loss}"
-    if is_coloured:
+    if is_colored:
         legend = [f"{_SHADES[state][0]}{state}{_RESET}" for state in ("trained", "seen", "cut")]
         yield (
             f"{legend[0]} tokens have a loss, {legend[1]} ones are context,"
@@ -354,7 +354,7 @@ def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Ite
         yield f"{view.split} row {view.number}  {view.row_id}  {show(view.where)}"
         yield from (f"  {line}" for line in _describe(view, recipe))
         yield ""
-        text = _colour(view) if is_coloured else _bracket(view)
+        text = _color(view) if is_colored else _bracket(view)
         yield from (f"  | {line}" for line in text.removesuffix("\n").split("\n"))
     yield ""
 
@@ -412,7 +412,7 @@ def _bracket(view: RowView) -> str:
     return "".join(parts)
 
 
-def _colour(view: RowView) -> str:
+def _color(view: RowView) -> str:
     parts: list[str] = []
     shade = 0
     for display in _displays(view):

@@ -1,7 +1,7 @@
 """Facts about rows under one tokenizer: lengths, labels, ends of turns, beginnings.
 
-Every row is masked and fitted by the trainer's own functions, once per tokenizer; only counts and
-hashes are kept.
+Every row is masked and fitted by the functions that training uses, once per tokenizer; only counts
+and hashes are kept.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _hash_numbers(numbers: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", numbers).tobytes(), digest_size=16).digest()
 
 
-def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
+def summarize_rows(facts: Sequence[RowFacts]) -> SplitFacts:
     """The facts of a split, from those of its rows, dropped ones included."""
     used = [fact for fact in facts if fact.is_used]
     lengths = sorted(fact.num_tokens for fact in used)

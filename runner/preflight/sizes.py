@@ -179,7 +179,7 @@ def _estimate(run: CheckedRun, measures: Measures, *, with_answers: bool) -> Run
     size = measures.measure(recipe)
     answers = None
     if with_answers and list_answered(recipe):
-        # The cache may not hold keys and values; the other estimates still stand.
+        # The cache may not hold keys and values; the other estimates are still valid.
         with suppress(Exception):
             answers = measures.estimate_answers(run, recipe, derive_answer_batch(recipe))
     return RunSize(

@@ -94,7 +94,7 @@ class _Search:
                 yield size
 
     def _switch_off_checkpointing(self) -> list[str]:
-        """Return a line about a smaller micro-batch, if the largest leaves no memory for this."""
+        """A line about a smaller micro-batch, if the largest leaves no memory for this."""
         if not self._common([one.training.gradient_checkpointing for one in self._recipes]):
             return []
         text = "gradient checkpointing off: no forward is computed twice"
@@ -214,7 +214,9 @@ def find_suggestions(
 
 
 def _find_largest(runs: Sequence[CheckedRun]) -> list[CheckedRun]:
-    """Of runs that differ only in rows, those with the longest rows to train on and to answer."""
+    """The runs with the longest rows to train on and to answer, of each group that differs in rows
+    only.
+    """
     largest: dict[str, CheckedRun] = {}
 
     def settings_of(run: CheckedRun) -> str:
@@ -237,7 +239,7 @@ def _write_lines(grid: str, runs: Sequence[CheckedRun], plan: Plan) -> Iterator[
         return
     path = Path("recipe_templates") / grid / "recipe.yaml.j2"
     where = path if path.exists() else f"the template of {grid}"
-    yield f"for all arms alike, replace these keys in {where}:"
+    yield f"for all arms, replace these keys in {where}:"
     if plan.micro_batch is not None or plan.without_checkpointing:
         yield "  training:"
     if plan.micro_batch is not None:

@@ -28,7 +28,13 @@ from runner.preflight.metrics import (
     find_metric_doubts,
     measure_metrics,
 )
-from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
+from runner.preflight.rows import (
+    RowFacts,
+    SplitFacts,
+    TokenizerFacts,
+    find_row_doubts,
+    summarize_rows,
+)
 from runner.recipe.contents import hint_at_missing, list_content_paths, list_missing_files
 from runner.recipe.data_files import find_source_files
 from runner.recipe.data_section import DataSection
@@ -152,7 +158,7 @@ def check_recipes(
         pairs.setdefault((recipe.model.model_dump_json(), _describe_data(recipe.data)), []).append(
             recipe
         )
-        _note_what_has_no_effect(result, recipe)
+        _note_ineffective(result, recipe)
         try:
             require_trackers(recipe)
             open_run_folder(recipe)
@@ -188,7 +194,7 @@ def _describe_data(data: DataSection) -> str:
     return f"{data.model_dump_json()} {stated}"
 
 
-def _note_what_has_no_effect(result: CheckResult, recipe: Recipe) -> None:
+def _note_ineffective(result: CheckResult, recipe: Recipe) -> None:
     for source in recipe.data.sources.values():
         # Problems of a source are reported when its rows are drawn.
         with suppress(DataError):
@@ -310,7 +316,7 @@ def _check_pair(
     except RunnerError as error:
         _fail_all(result, error, group)
         return
-    splits = {split: sum_up(rows) for split, rows in facts.items()}
+    splits = {split: summarize_rows(rows) for split, rows in facts.items()}
     doubts = find_row_doubts(group[0].model, tokenizer, facts, splits)
     for recipe in group:
         key = f"{_describe_data(recipe.data)} {recipe.evaluation.model_dump_json()}"

@@ -42,14 +42,14 @@ def chat(
     """Answer one prompt, or every line typed in the terminal until the user quits."""
     quieten()
     with open_tuned_run(run_dir, checkpoint) as run:
-        asking = Asking(run.load_tokenizer(), max_new_tokens)
+        encoder = ChatEncoder(run.load_tokenizer(), max_new_tokens)
         opening = [] if system is None else [{"role": "system", "content": system}]
         # If the template refuses, it does so before the model is loaded.
-        asking.encode([*opening, {"role": "user", "content": "?"}])
+        encoder.encode([*opening, {"role": "user", "content": "?"}])
         print(f"loading {run.weights_dir}", file=sys.stderr, flush=True)
-        speakers = load_speakers(run, asking, with_base=with_base)
+        speakers = load_speakers(run, encoder, with_base=with_base)
     conversations = [
-        Conversation(speaker, asking, opening, shows_label=with_base) for speaker in speakers
+        Conversation(speaker, encoder, opening, shows_label=with_base) for speaker in speakers
     ]
     if prompt is not None:
         for conversation in conversations:
@@ -70,10 +70,10 @@ class Speaker:
     device: torch.device
 
 
-def load_speakers(run: TunedRun, asking: Asking, *, with_base: bool) -> list[Speaker]:
+def load_speakers(run: TunedRun, encoder: ChatEncoder, *, with_base: bool) -> list[Speaker]:
     """The base model if requested, then the tuned model."""
     recipe = run.recipe
-    tuned = _to_device(load_tuned_model(recipe, asking.tokenizer, run.weights_dir), recipe)
+    tuned = _to_device(load_tuned_model(recipe, encoder.tokenizer, run.weights_dir), recipe)
     speakers = [Speaker("tuned", tuned.generate, tuned.device)]
     if with_base and recipe.adapter.method == "lora":
 
@@ -83,7 +83,7 @@ def load_speakers(run: TunedRun, asking: Asking, *, with_base: bool) -> list[Spe
 
         speakers.insert(0, Speaker("base", generate_without_adapter, tuned.device))
     elif with_base:
-        base = _to_device(load_model(recipe, asking.tokenizer).eval(), recipe)
+        base = _to_device(load_model(recipe, encoder.tokenizer).eval(), recipe)
         speakers.insert(0, Speaker("base", base.generate, base.device))
     return speakers
 
@@ -97,7 +97,7 @@ def _to_device(model: Any, recipe: Recipe) -> Any:
     )
 
 
-class Asking:
+class ChatEncoder:
     """The encoding of a conversation for the models: the tokens of the chat template, and the end
     of an answer.
     """
@@ -186,7 +186,7 @@ class Conversation:
     """One model's side of the chat; each model remembers its own answers."""
 
     speaker: Speaker
-    asking: Asking
+    encoder: ChatEncoder
     opening: list[dict[str, str]]
     shows_label: bool
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -203,7 +203,7 @@ class Conversation:
         with _catching_interrupts() as interrupted:
             if self.shows_label:
                 print(f"{self.speaker.label}: ", end="", flush=True)
-            answer = self.asking.answer(self.speaker, [*self.opening, *asked], interrupted)
+            answer = self.encoder.answer(self.speaker, [*self.opening, *asked], interrupted)
             print(flush=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return not interrupted.is_set()

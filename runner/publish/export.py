@@ -113,7 +113,7 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
     recipe, tokenizer = run.recipe, run.load_tokenizer()
     is_adapter = recipe.adapter.method == "lora" and not is_merged
     if recipe.adapter.method == "lora" and is_merged:
-        recipe = _unquantised(recipe)
+        recipe = _unquantized(recipe)
     print(f"loading {run.weights_dir}", file=sys.stderr, flush=True)
     model = load_tuned_model(recipe, tokenizer, run.weights_dir)
     expected = probe_logits(model, tokenizer)
@@ -146,7 +146,7 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
     return compare_logits(found, expected, recipe.model.dtype)
 
 
-def _unquantised(recipe: Recipe) -> Recipe:
+def _unquantized(recipe: Recipe) -> Recipe:
     """The recipe on weights in the model's dtype: merging into 4-bit weights would round each of
     them again.
     """

@@ -116,7 +116,7 @@ def push_files(files: Files, target: HubTarget, message: str) -> Commit:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=target.token)
-    with _in_our_words(target):
+    with _as_push_errors(target):
         api.create_repo(target.repo_id, private=target.is_private, exist_ok=True)
         if target.is_private and not api.repo_info(target.repo_id).private:
             raise PushError(
@@ -138,7 +138,7 @@ def push_files(files: Files, target: HubTarget, message: str) -> Commit:
 
 
 @contextmanager
-def _in_our_words(target: HubTarget) -> Iterator[None]:
+def _as_push_errors(target: HubTarget) -> Iterator[None]:
     """Errors of the hub as `PushError`, with the token masked if they contain it."""
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
@@ -280,7 +280,7 @@ class Pushes:
     own_id: str | None  # the repository that the recipe of the first attempt names
 
     def record_pending(self, repo_id: str, sha256: str) -> None:
-        """Before anything is sent."""
+        """Record the push before anything is sent."""
         if repo_id == self.own_id:
             self._write(PushRecord(state="pending", repo_id=repo_id, files_sha256=sha256))
 

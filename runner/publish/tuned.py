@@ -20,7 +20,7 @@ from runner.plan.status import (
     NOT_VERIFIABLE,
     is_verifiable,
     read_status,
-    suggest_mending,
+    suggest_fixes,
     verify_files,
 )
 from runner.recipe.parse import Recipe
@@ -81,7 +81,7 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
         if status.state == "damaged":
             raise RefusedError(
                 f"{run_dir} is damaged: {status.why}",
-                hint=f"{suggest_mending(status.damage)}; `--checkpoint best` uses the checkpoint",
+                hint=f"{suggest_fixes(status.damage)}; `--checkpoint best` uses the checkpoint",
             )
         if status.state != "completed":
             first_line = status.why.partition("\n")[0]  # further lines may be a hint

@@ -50,10 +50,10 @@ class RecipeCache:
         self._secrets = list_refused_values()
 
     def load(self, path: Path) -> Recipe:
-        """As `load_recipe`.
+        """Like `load_recipe`.
 
         Raises:
-            RecipeError: as there, and by it.
+            RecipeError: as in `load_recipe`.
         """
         if self._num_plain > 0:
             self._num_plain -= 1
@@ -119,18 +119,18 @@ def _load_entries(cache_path: Path, made_by: str) -> dict[str, Any]:
 
 def _build_entry(name: str, digest: str, values: str) -> list[str]:
     """The SHA-256 of the recipe file, a checksum of the entry, and the values as JSON."""
-    return [digest, _sum_up(name, digest, values), values]
+    return [digest, _compute_checksum(name, digest, values), values]
 
 
 def _check_entry(entry: Any, name: str, digest: str) -> list[str] | None:
     """The entry, if it was made from a file with this hash and its checksum is right; else None."""
     if not isinstance(entry, list) or len(entry) != 3 or entry[0] != digest:
         return None
-    is_whole = isinstance(entry[2], str) and entry[1] == _sum_up(name, digest, entry[2])
+    is_whole = isinstance(entry[2], str) and entry[1] == _compute_checksum(name, digest, entry[2])
     return entry if is_whole else None
 
 
-def _sum_up(name: str, digest: str, values: str) -> str:
+def _compute_checksum(name: str, digest: str, values: str) -> str:
     content = f"{digest} {name} {values}".encode(errors="surrogatepass")
     return hashlib.sha256(content).hexdigest()
 

@@ -122,7 +122,7 @@ class ContentHashes:
         for file in unread:
             # Taken before reading, so that a write in the meantime changes the state.
             read_at_ns, state = time.time_ns(), look_at(file)
-            found[file] = hash_file(file, notice.tell_once)
+            found[file] = hash_file(file, notice.print_once)
             if state is not None:
                 self._cache[str(file.resolve())] = _Entry(*state, read_at_ns, found[file])
                 self._is_changed = True
@@ -156,14 +156,14 @@ class _Notice:
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self._path, self._num_bytes = path, num_bytes
-        self._began, self._is_told = time.monotonic(), False
+        self._began, self._is_printed = time.monotonic(), False
 
-    def tell_once(self) -> None:
+    def print_once(self) -> None:
         """Called after each block that was read."""
         is_long = time.monotonic() - self._began > _LONG_SECONDS
-        if self._is_told or not (is_long or self._num_bytes > _LARGE_BYTES):
+        if self._is_printed or not (is_long or self._num_bytes > _LARGE_BYTES):
             return
-        self._is_told = True
+        self._is_printed = True
         print(
             f"reading {format_bytes(self._num_bytes)} of {escape_controls(str(self._path))}"
             " to check that nothing changed ...",
@@ -394,10 +394,10 @@ def find_contents(recipe: Recipe, hashes: ContentHashes, *, is_compared: bool) -
     return {}
 
 
-def hash_what_is_there(
+def hash_existing(
     recipe: Recipe, hashes: ContentHashes, only: Container[str] | None = None
 ) -> dict[str, str]:
-    """As `hash_contents`, without files that are missing and sources that do not say which files
+    """Like `hash_contents`, without files that are missing and sources that do not say which files
     they mean. `only` limits it to these paths.
     """
     contents = {}
@@ -426,11 +426,10 @@ class Inputs:
 
 
 class KnownContents:
-    """As `hash_contents`, for contents that are cached and still exist; reads no file. Many recipes
-    name the same few files, so each is checked once until `refresh`.
-
-    `outdated` holds the paths that were touched since they were hashed. Recipes that name them are
-    compared without them.
+    """Like `hash_contents`, for contents that are cached and still exist; reads no file. Many
+    recipes name the same few files, so each is checked once until `refresh`. `outdated` holds the
+    paths that were touched since they were hashed. Recipes that name them are compared without
+    them.
     """
 
     def __init__(self, cache_path: Path) -> None:

@@ -74,7 +74,7 @@ class MixedSource(DataSource):
 
 
 def find_tasks() -> list[type[Task]]:
-    """Return the task that each file of `data/tasks` defines, in the order of errors."""
+    """The task that each file of `data/tasks` defines, in the order of errors."""
     found: list[type[Task]] = []
     for file in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
         for value in vars(importlib.import_module(file.name)).values():
@@ -193,7 +193,7 @@ class DataSection(Section):
     )
 
     @model_validator(mode="after")
-    def _groups_by_what_is_read(self) -> Self:
+    def _check_group_column(self) -> Self:
         if self.group_column is not None and self.group_column in self.ignore:
             raise ValueError(
                 f"`ignore` leaves out the column `{self.group_column}` that `group_column` names"

@@ -17,7 +17,7 @@ _LABEL_WIDTH: Final = 11
 
 
 def format_list(groups: Iterable[Group], width: int | None) -> str:
-    """Return all keys by section. `width` is that of the terminal; None for a pipe or a file, which
+    """All keys by section. `width` is that of the terminal; None for a pipe or a file, which
     gets one line for each key.
     """
     blocks = []
@@ -34,7 +34,7 @@ def format_list(groups: Iterable[Group], width: int | None) -> str:
 
 
 def _format_rows(keys: Sequence[Key], width: int | None) -> list[str]:
-    """Return a row of columns for each key; the meaning continues below itself."""
+    """A row of columns for each key; the meaning continues below itself."""
     cells = [(f"  {key.path}", key.type, key.default_text) for key in keys]
     widths = [max(measure(cell[at]) for cell in cells) for at in range(3)]
     widths[1] = min(widths[1], _MAX_TYPE_WIDTH)
@@ -64,7 +64,7 @@ def _format_rows(keys: Sequence[Key], width: int | None) -> list[str]:
 
 
 def _format_pairs(keys: Sequence[Key], width: int) -> list[str]:
-    """Return two lines or more for each key: its path, type and default; its meaning."""
+    """Two lines or more for each key: its path, type and default; its meaning."""
     lines = []
     for key in keys:
         default = key.default_text
@@ -78,7 +78,7 @@ def _format_pairs(keys: Sequence[Key], width: int) -> list[str]:
 
 
 def _list_texts(key: Key) -> list[str]:
-    """Return the paragraphs about a key in a list: one for each kind that it may select."""
+    """The paragraphs about a key in a list: one for each kind that it may select."""
     if key.is_kind:
         return [f"{value}: {meaning}" for value, meaning in key.choices.items()]
     return [key.summary]
@@ -98,7 +98,7 @@ def _wrap(text: str, width: int | None, indent: str) -> list[str]:
 
 
 def format_found(found: Found, width: int | None) -> str:
-    """Return the explanation of keys (a list if there are many), then of sections."""
+    """The explanation of keys (a list if there are many), then of sections."""
     blocks = []
     if len({key.path for key in found.keys}) > 1:
         blocks.append("\n".join(_format_pairs(found.keys, width or _MAX_TEXT_WIDTH)))
@@ -110,7 +110,7 @@ def format_found(found: Found, width: int | None) -> str:
 
 
 def format_key(key: Key, width: int | None) -> str:
-    """Return everything about one key.
+    """Everything about one key.
 
     >>> from runner.recipe.keys import find_keys
     >>> print(format_key(find_keys("data.seed").keys[0], 80))
@@ -160,7 +160,7 @@ def _label(label: str, text: str, width: int) -> list[str]:
 
 
 def format_owned(key: OwnedKey, width: int | None) -> str:
-    """Return the reason why a recipe cannot state a key of a library, and the key to use.
+    """The reason why a recipe cannot state a key of a library, and the key to use.
 
     >>> from runner.recipe.keys import find_keys
     >>> print(format_owned(find_keys("training.data_seed").owned, 80))

@@ -373,7 +373,7 @@ def complete(overrides: Sequence[str], load: Load) -> tuple[str, ...]:
 
 
 def complete_blindly(overrides: Sequence[str]) -> tuple[str, ...]:
-    """As `complete`, for an unknown recipe: adds everything that the named kinds may need."""
+    """Like `complete`, for an unknown recipe: adds everything that the named kinds may need."""
     kinds = [one for one in overrides if one.startswith("adapter.method=") or "adapter." not in one]
     return _add_unstated(
         overrides, [words for pattern, words in _NEEDED.items() if _is_any(pattern, kinds)]
@@ -446,7 +446,7 @@ def suggest_overrides(
 
 
 def join_words(words: Sequence[str]) -> str:
-    """As `shlex.join`, but a text with single quotes is put in double quotes.
+    """Like `shlex.join`, but a text with single quotes is put in double quotes.
 
     >>> print(join_words(["a b", "key='no'"]))
     'a b' "key='no'"

@@ -250,7 +250,7 @@ _EXAMPLES: Final[dict[str, Any]] = {
     "layer_replication": [[0, 4], [2, 5]],
     "target_parameters": ["feed_forward.experts.gate_up_proj"],
 }
-# Additions to the libraries' help: the trainer changes these defaults.
+# Additions to the libraries' help: the training process changes these defaults.
 _NOTES: Final[dict[str, str]] = {
     "dataloader_pin_memory": "The runner's default is false if the run trains on CPU.",
 }
@@ -267,14 +267,14 @@ def _load_tables() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def load_table(config: Config) -> dict[str, dict[str, Any]]:
-    """Return `name -> {types, choices, default, help}` as generated from the pinned libraries."""
+    """`name -> {types, choices, default, help}` as generated from the pinned libraries."""
     return _load_tables()[config]
 
 
 def build_field_definitions(
     config: Config, owned: Mapping[str, str], *, exclude: frozenset[str]
 ) -> dict[str, Any]:
-    """Return definitions for `pydantic.create_model`: optional fields of the right type with the
+    """Definitions for `pydantic.create_model`: optional fields of the right type with the
     library's help, without the `owned` ones.
 
     `exclude` names the fields that the model declares itself.
@@ -301,7 +301,7 @@ def build_field_definitions(
 
 
 def _refuse_value(name: str, value: Any, info: ValidationInfo) -> Any:
-    """Return the value. Raises ValueError if it cannot work under our trainer."""
+    """The value, or a ValueError if it cannot work under our trainer."""
     if is_stored(info):
         return value
     reasons = REFUSED_VALUES.get(name, {})

@@ -32,12 +32,12 @@ _SILENCE_SECONDS: Final = 30.0
 # HTTP statuses after which a later request may succeed.
 _TRY_LATER: Final = (408, 425, 429)
 # Files of a model other than its weights: configurations, vocabularies, chat templates.
-_BESIDE_WEIGHTS: Final = (
+_ALL_BUT_WEIGHTS: Final = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),
     *("*.bpe", "*.codes", "*.spm", "*.vocab", "tokenizer.model*"),
 )
 # The same in folders, which hold other formats of the same model. Templates may be in a folder.
-_IN_FOLDERS: Final = tuple(f"*/{one}" for one in _BESIDE_WEIGHTS if one != "*.jinja")
+_IN_FOLDERS: Final = tuple(f"*/{one}" for one in _ALL_BUT_WEIGHTS if one != "*.jinja")
 
 
 @dataclass(frozen=True, order=True)
@@ -244,11 +244,11 @@ def _open_hub() -> Any:
     """The hub's client, with a timeout of a few seconds."""
     from huggingface_hub import HfApi  # 0.3 s, and only runs that load from the hub need it
 
-    class Impatient(HfApi):
+    class QuickHfApi(HfApi):
         def repo_info(self, *arguments: Any, **named: Any) -> Any:
             return super().repo_info(*arguments, **{**named, "timeout": _ANSWER_SECONDS})
 
-    return Impatient()
+    return QuickHfApi()
 
 
 def is_offline() -> bool:
@@ -326,7 +326,7 @@ def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = 
             snapshot_download(
                 name,
                 revision=commit,
-                allow_patterns=list(_BESIDE_WEIGHTS),
+                allow_patterns=list(_ALL_BUT_WEIGHTS),
                 ignore_patterns=list(_IN_FOLDERS),
                 local_files_only=not asks_hub,
             )

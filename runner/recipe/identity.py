@@ -39,7 +39,7 @@ _PLACEMENT_KEYS: Final = {
     "checkpoints": frozenset({"keep_latest", "keep_best", "save_optimizer", "archive", "remote"}),
 }
 # Keys that were added after recipes were first hashed, by dotted name, with the value that keeps
-# the earlier behaviour. A key with this value is left out of the digest, so that older runs keep
+# the earlier behavior. A key with this value is left out of the digest, so that older runs keep
 # their digests. An added section is listed by its own name, with all its keys.
 _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.group_column": None,
@@ -140,7 +140,7 @@ def list_library_versions() -> dict[str, str]:
     return dict(_read_library_versions())
 
 
-def look_again_at_versions() -> None:
+def forget_versions() -> None:
     """Clear the cached versions: a sweep lasts for weeks, and an upgrade takes effect at the next
     attempt.
     """

@@ -26,7 +26,7 @@ PASSED_ON: Final[dict[str, tuple[Config, frozenset[str]]]] = {
 
 
 def build_schema() -> Node:
-    """Return the schema as a new dict."""
+    """The schema as a new dict."""
     return copy.deepcopy(_build_schema())
 
 
@@ -58,7 +58,7 @@ def _build_schema() -> Node:
 
 
 def _describe_for_editors(prop: Node) -> str:
-    """Return the text under the cursor: editors show no default themselves."""
+    """The text under the cursor: editors show no default themselves."""
     text = str(prop.get("description", ""))
     if "default" in prop and "const" not in prop and not isinstance(prop["default"], dict):
         text += f"\n\nDefault: `{json.dumps(prop['default'], ensure_ascii=False)}`"
@@ -66,7 +66,7 @@ def _describe_for_editors(prop: Node) -> str:
 
 
 def resolve(schema: Node, node: Node) -> Node:
-    """Return the definition that a node refers to, or the node itself."""
+    """The definition that a node refers to, or the node itself."""
     reference = node.get("$ref")
     if reference is None:
         return node
@@ -75,7 +75,7 @@ def resolve(schema: Node, node: Node) -> Node:
 
 
 def first_sentence(text: str) -> str:
-    """Return the first sentence of a description.
+    """The first sentence of a description.
 
     A sentence that begins in lower case explains a value (`null: ...`) and belongs to the first.
 

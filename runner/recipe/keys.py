@@ -79,7 +79,7 @@ class Key:
         return text
 
     def build_example(self) -> str:
-        """Return the key in its place in a recipe, as YAML.
+        """The key in its place in a recipe, as YAML.
 
         >>> print(find_keys("loss").keys[0].build_example())
         loss: completion
@@ -91,7 +91,7 @@ class Key:
         return "\n".join(_write_block(values, 0))
 
     def as_json(self) -> dict[str, Any]:
-        """Return all facts as plain JSON values."""
+        """All facts as plain JSON values."""
         return {
             "key": self.path,
             "type": self.type,
@@ -137,7 +137,7 @@ class OwnedKey:
     help: str
 
     def as_json(self) -> dict[str, Any]:
-        """Return all facts as plain JSON values."""
+        """All facts as plain JSON values."""
         return {
             "key": self.path,
             "decided_by": self.decided_by,
@@ -158,7 +158,7 @@ class Found:
 
 @cache
 def list_groups() -> tuple[Group, ...]:
-    """Return all keys of a recipe by section, in the order of a recipe."""
+    """All keys of a recipe by section, in the order of a recipe."""
     schema = build_schema()
     groups: list[Group] = []
     for name, prop in schema["properties"].items():
@@ -171,12 +171,12 @@ def list_groups() -> tuple[Group, ...]:
 
 
 def list_all_keys() -> list[Key]:
-    """Return all keys; a path occurs once for each kind of its section that has it."""
+    """All keys; a path occurs once for each kind of its section that has it."""
     return [key for group in list_groups() for key in group.keys]
 
 
 def _list_sections(schema: Node, node: Node) -> list[tuple[str, Node, bool]]:
-    """Return `(name of definition, definition, is it a list's item)` of a node's sections."""
+    """`(name of definition, definition, is it a list's item)` of a node's sections."""
     if "$ref" in node:
         name = str(node["$ref"]).rpartition("/")[2]
         return [(name, resolve(schema, node), False)]
@@ -189,7 +189,7 @@ def _list_sections(schema: Node, node: Node) -> list[tuple[str, Node, bool]]:
 
 
 def _find_tag(definition: Node) -> str | None:
-    """Return the required key whose only value selects this definition."""
+    """The required key whose only value selects this definition."""
     for name, prop in definition["properties"].items():
         if "const" in prop and name in definition.get("required", ()):
             return str(name)
@@ -269,16 +269,16 @@ def _build_key(schema: Node, path: str, prop: Node, is_required: bool) -> Key:
 
 
 def _build_tag_key(schema: Node, prop: Node, path: str, tag: str) -> Key:
-    """Return the key that selects a section's kind; its example states what that kind requires."""
+    """The key that selects a section's kind; its example states what that kind requires."""
     choices = {}
     for _, definition, _ in _list_sections(schema, prop):
         value = say_yaml(definition["properties"][tag]["const"])
         choices[value] = first_sentence(definition.get("description", ""))
     _, shown, _ = _list_sections(schema, prop)[1]
-    beside = {}
+    required = {}
     for name in shown["required"]:
         if name != tag:
-            beside[f"{path}.{name}"] = _choose_example(schema, shown["properties"][name])
+            required[f"{path}.{name}"] = _choose_example(schema, shown["properties"][name])
     default = prop.get("default")
     return Key(
         f"{path}.{tag}",
@@ -288,12 +288,12 @@ def _build_tag_key(schema: Node, prop: Node, path: str, tag: str) -> Key:
         None if default is None else default[tag],
         choices,
         example=shown["properties"][tag]["const"],
-        example_keys=beside,
+        example_keys=required,
     )
 
 
 def _pass_to(key: Key, name: str, config: Config) -> Key:
-    """Return a key of a library, with the values that the library accepts and we refuse."""
+    """A key of a library, with the values that the library accepts and we refuse."""
     default = load_table(config)[name].get("default")
     return replace(
         key, default=default, refused=REFUSED_VALUES.get(name, {}), passed_to=_LIBRARIES[config]
@@ -318,7 +318,7 @@ _BOUNDS: Final = (
 
 
 def _name_type(schema: Node, node: Node) -> str:
-    """Return a description of the type.
+    """A description of the type.
 
     >>> _name_type({}, {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]})
     'integer > 0 or null'
@@ -354,7 +354,7 @@ def _join_choices(choices: Sequence[str]) -> str:
 
 
 def _list_choices(node: Node) -> list[str]:
-    """Return the values of a key that has choices, as YAML; none if any text is accepted too."""
+    """The values of a key that has choices, as YAML; none if any text is accepted too."""
     found = [say_yaml(value) for value in node.get("enum", ())]
     if "const" in node:
         found.append(say_yaml(node["const"]))
@@ -366,7 +366,7 @@ def _list_choices(node: Node) -> list[str]:
 
 
 def _choose_example(schema: Node, node: Node) -> Any:
-    """Return a value for the key: a stated example, else the default, else one of its type."""
+    """A value for the key: a stated example, else the default, else one of its type."""
     if node.get("examples"):
         return node["examples"][0]
     if node.get("default") not in (None, [], ()):
@@ -387,7 +387,7 @@ def _choose_example(schema: Node, node: Node) -> Any:
 
 
 def say_yaml(value: Any) -> str:
-    """Return a value as YAML on one line, as the recipe reader reads it.
+    """A value as YAML on one line, as the recipe reader reads it.
 
     >>> print(say_yaml(["no", "a b", 2e-05, None, True, {"k": []}]))
     ["no", a b, 2e-05, null, true, {k: []}]
@@ -430,7 +430,7 @@ def _write_block(values: Mapping[str, Any], depth: int) -> Iterator[str]:
 
 
 def find_keys(query: str) -> Found | None:
-    """Return the keys that a query names; None if nothing has that name.
+    """The keys that a query names; None if nothing has that name.
 
     A query is a section, a dotted path (numbers of list items may be left out), the kind of a
     section (`lora`, `alpaca`), the last parts of a path, or another trainer's name of a key.
@@ -474,7 +474,7 @@ def _is_kind(group: Group, name: str) -> bool:
 
 
 def _merge(keys: Sequence[Key]) -> list[Key]:
-    """Return keys of one path as one, if they differ in nothing but the kind of their section."""
+    """Keys of one path as one, if they differ in nothing but the kind of their section."""
     merged: list[Key] = []
     for key in keys:
         same = [at for at, one in enumerate(merged) if _is_alike(one, key)]
@@ -508,7 +508,7 @@ def _find_owned(query: str) -> OwnedKey | None:
 
 
 def _find_foreign(query: str) -> Found | None:
-    """Return the keys for another trainer's name, or a note about it; None if it is unknown."""
+    """The keys for another trainer's name, or a note about it; None if it is unknown."""
     said = f"`{query}`"
     answer = find_answer(query, None, Recipe)
     if answer is not None and answer.is_refused:  # the key depends on the value
@@ -527,7 +527,7 @@ def _find_foreign(query: str) -> Found | None:
 
 
 def suggest_key(query: str) -> str | None:
-    """Return the nearest key or section, None if none is near.
+    """The nearest key or section, None if none is near.
 
     >>> suggest_key("training.lerning_rate"), suggest_key("evalution")
     ('training.learning_rate', 'evaluation')

@@ -156,8 +156,8 @@ class RetriesSection(Section):
     lost: NotNegative = Field(
         default=1,
         description=(
-            "For a trainer that ended without a message; perhaps the system killed it for its"
-            " memory."
+            "For a training process that ended without a message; perhaps the system killed it"
+            " for its memory."
         ),
     )
     stalled: NotNegative = Field(
@@ -255,7 +255,7 @@ class TrackingSection(Section):
 
     report_to: tuple[Tracker, ...] = Field(
         default=(),
-        description="Trackers by their Transformers names. `wandb` and `none` may stand alone.",
+        description="Trackers by their Transformers names. `wandb` and `none` need no list.",
         examples=[["wandb", "tensorboard"]],
     )
     project: str | None = Field(
@@ -315,7 +315,7 @@ class TrackingSection(Section):
         return self.hub_model_id if self.hub_push == "end" else None
 
     def copy_push(self, other: TrackingSection) -> TrackingSection:
-        """Return another section with this one's repository and time of pushing."""
+        """Another section with this one's repository and time of pushing."""
         names = ("hub_model_id", "hub_private", "hub_push")
         return other.model_copy(update={name: getattr(self, name) for name in names})
 

@@ -61,7 +61,7 @@ def hide_libraries(names: Iterable[str]) -> None:
 
 
 def uses_bitsandbytes(recipe: Recipe) -> bool:
-    """True if a run imports bitsandbytes, for its optimizer or for quantised weights."""
+    """True if a run imports bitsandbytes, for its optimizer or for quantized weights."""
     optimizer = recipe.training.hugging_face_arguments().get("optim")
     return (
         recipe.quantization.method != "none"
@@ -91,7 +91,7 @@ def names_deepspeed(settings: Mapping[str, Any]) -> bool:
 
 
 def _may_be_quantized(path: str, revision: str | None) -> bool:
-    """True if the base model's own configuration states quantised weights, or if it is not on this
+    """True if the base model's own configuration states quantized weights, or if it is not on this
     machine yet or cannot be read.
     """
     config_path = Path(path) / "config.json"

@@ -30,7 +30,7 @@ _JSON_TYPES = {
 
 
 def describe_type(annotation: Any) -> tuple[list[str], list[str]]:
-    """Return the JSON type names and the string choices that an annotation accepts; none for a
+    """The JSON type names and the string choices that an annotation accepts; none for a
     library class.
 
     >>> describe_type(int | None)
@@ -56,7 +56,7 @@ def describe_type(annotation: Any) -> tuple[list[str], list[str]]:
 
 
 def describe_fields(config: type) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return `name -> (JSON types, choices)` for the fields of a dataclass that a recipe can
+    """`name -> (JSON types, choices)` for the fields of a dataclass that a recipe can
     state.
     """
     described = {}
@@ -75,7 +75,7 @@ def describe_fields(config: type) -> dict[str, tuple[tuple[str, ...], tuple[str,
 
 
 def describe_default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """Return `{"default": value}`, or nothing for a default that JSON cannot hold."""
+    """`{"default": value}`, or nothing for a default that JSON cannot hold."""
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
@@ -88,7 +88,7 @@ def describe_default(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def read_help(field: dataclasses.Field[Any]) -> str:
-    """Return the library's help for a field, on one line and without HTML.
+    """The library's help for a field, on one line and without HTML.
 
     >>> read_help(dataclasses.field(metadata={"help": "Slower (~20%%),\\n see <a href='u'>x</a>"}))
     'Slower (~20%), see x (u)'
@@ -98,7 +98,7 @@ def read_help(field: dataclasses.Field[Any]) -> str:
 
 
 def build_table() -> str:
-    """Return the text of `hf_fields.json`, one line per field."""
+    """The text of `hf_fields.json`, one line per field."""
     from peft import LoraConfig
     from trl import SFTConfig
 

@@ -89,10 +89,10 @@ class Recipe(Section):
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
-    def _combines_only_what_works(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.quantization.method != "none" and self.adapter.method == "none":
             raise ValueError(
-                "quantised weights cannot be trained:"
+                "quantized weights cannot be trained:"
                 " `quantization` needs `adapter: {method: lora}`"
             )
         if self.early_stopping.enabled and self.evaluation.eval_strategy == "no":
@@ -353,7 +353,7 @@ def parse_yaml(
     overrides: Sequence[str] = (),
     hint: str | None = None,
 ) -> _Model:
-    """As `read_yaml`, for a text; `where` names it in errors."""
+    """Like `read_yaml`, for a text; `where` names it in errors."""
 
     def load(words: Sequence[str], fit: Fit = lambda answer: answer) -> _Model:
         values = read_values(text, where=where, overrides=words, hint=hint)

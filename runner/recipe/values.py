@@ -73,7 +73,7 @@ class _Loader(SAFE_LOADER):  # type: ignore[misc]
     """YAML 1.1 as OmegaConf reads it: `1e-5` is a number, a date is a text."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        """As in PyYAML, with a cache."""
+        """Like the method of PyYAML, with a cache."""
         if kind is not yaml.ScalarNode or not implicit[0]:
             return super().resolve(kind, value, implicit)
         tag = _KNOWN_TAGS.get(value)
@@ -111,7 +111,7 @@ def _read_plainly(text: str) -> tuple[Any, list[Problem]]:
 
 
 def _construct(node: yaml.Node, loader: _Loader) -> Any:
-    """As `construct_document`, in a third of the time. PyYAML still reads everything but plain
+    """Like `construct_document`, in a third of the time. PyYAML still reads everything but plain
     mappings, lists and texts.
     """
     kind = node.tag.removeprefix(_TAG)

@@ -61,7 +61,7 @@ class AxisBuilder:
         ]
 
     def build(self, grid: str) -> AxisEffects:
-        """Returns all effects of the two values, in a grid of this name."""
+        """All effects of the two values, in a grid of this name."""
         cells = tuple(
             self._build_effect([pair], self._name_place(pair)) for pair in self.part.pairs
         )
@@ -145,7 +145,7 @@ class AxisBuilder:
     def _build_effect(
         self, pairs: Sequence[Pair], at: Mapping[str, Any], level: float = _LEVEL
     ) -> Effect:
-        """Returns the mean effect over the comparable pairs of cells; others are left out."""
+        """The mean effect over the comparable pairs of cells; others are left out."""
         asked = {id(pair) for pair in pairs}
         left_out = [
             reason
@@ -199,7 +199,7 @@ class AxisBuilder:
     def _gate(
         self, simple: Mapping[str, tuple[Effect, ...]], others: Sequence[str]
     ) -> dict[str, tuple[Effect, ...]]:
-        """Returns the simple effects; those at levels of `others` with the axes they depend on."""
+        """The simple effects; those at levels of `others` with the axes they depend on."""
 
         def find(effect: Effect) -> tuple[str, ...]:
             if effect.interval is None or len(effect.pairs) < 2:
@@ -217,7 +217,7 @@ class AxisBuilder:
     def _refuse_gated(
         self, simple: Mapping[str, tuple[Effect, ...]], cells: tuple[Effect, ...]
     ) -> tuple[dict[str, tuple[Effect, ...]], tuple[Effect, ...]]:
-        """Returns the simple effects, without a number for those that depend on another axis, and
+        """The simple effects, without a number for those that depend on another axis, and
         the pairs of cells that answer instead, at a level at which all of them hold jointly.
         """
 
@@ -239,7 +239,7 @@ class AxisBuilder:
         return refused, tuple(self._build_effect(cell.pairs, cell.at, level) for cell in cells)
 
     def _list_others(self, pairs: Iterable[Pair]) -> dict[str, list[tuple[Any, list[Pair]]]]:
-        """Returns other axes with several values among these pairs: each value with its pairs."""
+        """Other axes with several values among these pairs: each value with its pairs."""
         found: dict[str, dict[str, tuple[Any, list[Pair]]]] = {}
         for pair in pairs:
             for axis, value in self._name_place(pair).items():
@@ -301,7 +301,7 @@ class AxisBuilder:
         )
 
     def _apply_declaration(self, effects: AxisEffects) -> AxisEffects:
-        """Marks the effects that answer a declared contrast, and tests its margin."""
+        """Mark the effects that answer a declared contrast, and test its margin."""
         if self.declared is None:
             return effects
         family = tuple(map(self._declare, effects.family))
@@ -354,5 +354,5 @@ def _describe_unpaired(reasons: Sequence[str]) -> str:
 
 
 def identify(effect: Effect) -> tuple[Any, ...]:
-    """Returns an equal key for two effects that compare the same runs by the same metric."""
+    """An equal key for two effects that compare the same runs by the same metric."""
     return (effect.metric.name, *(id(cell) for pair in effect.pairs for cell in pair))

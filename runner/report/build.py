@@ -16,7 +16,7 @@ from runner.report.cells import (
     Matches,
     build_cells,
     find_seed_axis,
-    find_what_seeds_change,
+    find_unreplicated,
     match_cells,
     split_variants,
 )
@@ -55,7 +55,7 @@ def build_report(
     rows_fixed: bool = False,
     absent: Mapping[str, Sequence[str]] | None = None,
 ) -> Report:
-    """Returns everything that the runs allow to conclude, grid by grid.
+    """Everything that the runs allow to conclude, grid by grid.
 
     `metrics` replace the default ones: likelihood per token within one base model and per byte
     across several, and every metric of answers. A declared metric is always compared.
@@ -104,13 +104,13 @@ def _find_warnings(
             warnings.append(f"{grid.why_exploratory}: {name_some(grid.absent)}")
         if grid.variants:
             warnings.append(_describe_variants(grid.variants))
-        warnings += find_what_seeds_change(grid.rows)
+        warnings += find_unreplicated(grid.rows)
         warnings += find_undeclarable(grid.declared, grid.rows, known, grid.name)
     return [*warnings, *find_other_scales(rows), *find_not_recorded(rows)]
 
 
 def _describe_variants(rows: Sequence[ReportRow]) -> str:
-    """Returns a warning about runs made with overrides, and ways to compare them."""
+    """A warning about runs made with overrides, and ways to compare them."""
     names = name_some(
         f"{row.recipe.run.full_name} ({', '.join(row.recipe.run.overrides)})" for row in rows
     )
@@ -155,7 +155,7 @@ class _Grid:
         self._contrasts: dict[tuple[str, str], Contrasts] = {}
 
     def build_effects(self) -> list[AxisEffects]:
-        """Returns the effects of every axis other than the seed, by task."""
+        """The effects of every axis other than the seed, by task."""
         found = []
         for axis in list_axes(self.rows):
             if axis != self.seed_axis:
@@ -163,13 +163,13 @@ class _Grid:
         tasks = list(dict.fromkeys(cell.task for cell in self.cells))
 
         def rank(one: AxisEffects) -> tuple[int, bool]:
-            """Sorts by task, declared contrasts first."""
+            """Sort by task, declared contrasts first."""
             return tasks.index(one.task) if one.task in tasks else len(tasks), not one.is_declared
 
         return sorted(found, key=rank)
 
     def find_noise_floors(self) -> list[tuple[tuple[str, str, str], float]]:
-        """Returns the noise floor of each task and metric that was compared."""
+        """The noise floor of each task and metric that was compared."""
         floors = []
         for (task, metric), contrasts in self._contrasts.items():
             if (floor := contrasts.find_overall_noise_floor()) is not None:
@@ -195,7 +195,7 @@ class _Grid:
         return found
 
     def _choose_pairs(self, axis: str, values: Sequence[Any]) -> list[tuple[Any, Any]]:
-        """Returns the pairs of values to compare: every two, or each with the first. Declared pairs
+        """The pairs of values to compare: every two, or each with the first. Declared pairs
         are always included, in the declared direction.
         """
         if len(values) > MAX_VALUES_ALL_PAIRS:
@@ -215,7 +215,7 @@ class _Grid:
         return list(by_keys.values())
 
     def _choose_likelihood(self, part: Part, is_across_models: bool) -> str:
-        """Returns nats per completion token, or bits per byte if base models differ in their
+        """Nats per completion token, or bits per byte if base models differ in their
         tokens. The choice uses token counts only, never scores.
         """
         if is_across_models:
@@ -313,7 +313,7 @@ def _refuse_across_tasks(grid: str, part: Part, metric: Metric) -> AxisEffects:
 def _adjust(
     effects: Sequence[AxisEffects], recorded: Mapping[str, Sequence[Declared]]
 ) -> list[AxisEffects]:
-    """Returns the effects with adjusted p values: Holm over the families of all declared contrasts
+    """The effects with adjusted p values: Holm over the families of all declared contrasts
     of a grid, Benjamini-Hochberg over all other effects of the report. A contrast that is shown
     twice counts once.
     """
@@ -347,7 +347,7 @@ def _adjust(
 def _adjust_declared(
     effects: Sequence[AxisEffects], recorded: Sequence[Declared]
 ) -> dict[tuple[Any, ...], float]:
-    """Returns the p values of the declared contrasts of one grid, adjusted by Holm.
+    """The p values of the declared contrasts of one grid, adjusted by Holm.
 
     Each contrast counts with all effects that may answer it, since the results choose among them.
     A contrast without any p counts as one.

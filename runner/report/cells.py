@@ -14,7 +14,7 @@ from runner.report.wording import name_some
 
 
 def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
-    """Returns the axis of the replicates: the one that changes only `training.seed` in the recipes.
+    """The axis of the replicates: the one that changes only `training.seed` in the recipes.
     None if there is none; if there are several, `seed` is preferred.
     """
     # The numbers of a changed run are not from its present recipe
@@ -25,7 +25,7 @@ def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
 
 
 def split_variants(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[ReportRow]]:
-    """Returns the runs of a grid, and the runs that command-line overrides turned into other
+    """The runs of a grid, and the runs that command-line overrides turned into other
     experiments. If all runs have overrides, they are the grid.
     """
     planned = [row for row in rows if not row.recipe.run.overrides]
@@ -34,8 +34,8 @@ def split_variants(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[Rep
     return planned, [row for row in rows if row.recipe.run.overrides]
 
 
-def find_what_seeds_change(rows: Sequence[ReportRow]) -> list[str]:
-    """Returns warnings about an axis called `seed`, or values of the seed axis, that do not
+def find_unreplicated(rows: Sequence[ReportRow]) -> list[str]:
+    """Warnings about an axis called `seed`, or values of the seed axis, that do not
     replicate runs."""
     seed_axis = find_seed_axis(rows)
     found = []
@@ -76,7 +76,7 @@ def is_one_recipe(runs: Sequence[ReportRow]) -> bool:
 def _list_copies(
     runs: Iterable[ReportRow], seed_axis: str | None
 ) -> list[tuple[ReportRow, list[ReportRow]]]:
-    """Returns runs of one cell with equal recipes, `training.seed` included, that the axis counts
+    """Runs of one cell with equal recipes, `training.seed` included, that the axis counts
     as replicates: the first, and all others. Together they are one replicate.
     """
     found: dict[tuple[Any, ...], dict[str, list[ReportRow]]] = {}
@@ -98,7 +98,7 @@ def _key_others(axes: Mapping[str, Any], *left_out: str | None) -> tuple[str, ..
 
 
 def build_cells(rows: Sequence[ReportRow], seed_axis: str | None) -> list[Cell]:
-    """Returns the cells of one grid, in the order of the rows."""
+    """The cells of one grid, in the order of the rows."""
     groups: dict[tuple[str, ...], list[ReportRow]] = {}
     for row in rows:
         key = (row.grid, row.task, *_key_others(row.axes, seed_axis))
@@ -150,12 +150,12 @@ def _build_cell(runs: Sequence[ReportRow], seed_axis: str | None, seeds: Sequenc
 
 
 def get_seed(row: ReportRow, seed_axis: str | None) -> Any:
-    """Returns the replicate number of a run: its value on the seed axis, else its seed."""
+    """The replicate number of a run: its value on the seed axis, else its seed."""
     return row.seed if seed_axis is None else row.axes.get(seed_axis, row.seed)
 
 
 def list_counted(cell: Cell, metric: str, seed_axis: str | None) -> list[ReportRow]:
-    """Returns the runs of a cell that count for a metric, one for each seed."""
+    """The runs of a cell that count for a metric, one for each seed."""
     counted = {axis_key(seed) for seed in cell.scores.get(metric, {})}
     return [
         row
@@ -165,7 +165,7 @@ def list_counted(cell: Cell, metric: str, seed_axis: str | None) -> list[ReportR
 
 
 def list_scores(row: ReportRow, model: Model) -> dict[str, float]:
-    """Returns every score of a run's model, by metric name."""
+    """Every score of a run's model, by metric name."""
     scores: Scores = row.tuned if model == "tuned" else row.base
     found = {
         NLL_PER_COMPLETION_TOKEN: scores.nll_per_completion_token,
@@ -226,13 +226,13 @@ def _say_why_unpaired(axis: str, values: tuple[Any, Any], both: Sequence[Sequenc
 
 
 def name_runs(cell: Cell) -> str:
-    """Returns the name of a cell's run, or of the first run and the number of others."""
+    """The name of a cell's run, or of the first run and the number of others."""
     more = len(cell.runs) - 1
     return cell.runs[0].name + (f" (and {more} more)" if more else "")
 
 
 def describe_at(at: Mapping[str, Any]) -> str:
-    """Formats axis values for people.
+    """Format axis values for people.
 
     >>> describe_at({"model": "gemma", "num_train_samples": 60})
     'model=gemma, num_train_samples=60'

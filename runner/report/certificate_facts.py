@@ -58,7 +58,7 @@ class Fact:
 
 
 def list_facts(rows: Sequence[ReportRow]) -> list[Fact]:
-    """Returns the facts of these runs that are compared in addition to the recipe."""
+    """The facts of these runs that are compared in addition to the recipe."""
     return [
         Fact("rows", "rules of rows and masks", lambda row: row.rules),
         *(
@@ -109,7 +109,7 @@ def _list_of_split(split: str, rows: Sequence[ReportRow]) -> list[Fact]:
 
 
 def _list_causes_of_rows(split: str, rows: Sequence[ReportRow]) -> tuple[str, ...]:
-    """Returns the keys that select the rows of a split. Test rows are drawn first, then validation
+    """The keys that select the rows of a split. Test rows are drawn first, then validation
     rows, then training rows; `data.seed` changes only the last.
     """
     earlier = ("test", "validation", "train")
@@ -130,7 +130,7 @@ def _list_causes_of_rows(split: str, rows: Sequence[ReportRow]) -> tuple[str, ..
 
 
 def _list_below(place: str, rows: Sequence[ReportRow], but: Collection[str]) -> list[str]:
-    """Returns the keys below a dotted place in the recipes of the rows, except those in `but`."""
+    """The keys below a dotted place in the recipes of the rows, except those in `but`."""
     names: dict[str, None] = {}
     for row in rows:
         section: Any = row.payload
@@ -145,7 +145,7 @@ def _list_causes_of_tokens(split: str, rows: Sequence[ReportRow]) -> tuple[str, 
 
 
 def _list_causes_of_order(rows: Sequence[ReportRow]) -> tuple[str, ...]:
-    """Returns the keys that assign training rows to steps."""
+    """The keys that assign training rows to steps."""
     strategies = {row.recipe.training.train_sampling_strategy for row in rows}
     causes = (*_list_causes_of_rows("train", rows), *_LENGTH)
     causes += ("training.train_sampling_strategy", "training.dataloader_drop_last")
@@ -197,7 +197,7 @@ def _list_of_training(rows: Sequence[ReportRow]) -> list[Fact]:
 def _build_entry(
     section: Section, what: str, field: str, key: str, needs: Callable[[Iterable[bool]], bool]
 ) -> Fact:
-    """Returns the fact for entry `key` of a mapping; `needs`: any or all of a pair must have it."""
+    """The fact for entry `key` of a mapping; `needs`: any or all of a pair must have it."""
     causes: tuple[str, ...] = ()
     if field == "commits":  # explained by the hub name and the requested revision
         place = key.rpartition(".")[0]

@@ -66,7 +66,7 @@ class Arms:
 
 
 def find_pair_refusal(metric: Metric, first: Runs, second: Runs) -> str:
-    """Returns the reason why two cells are not comparable; empty if they are."""
+    """The reason why two cells are not comparable; empty if they are."""
     for runs in (first, second):
         if not is_one_recipe(runs):
             return (
@@ -78,7 +78,7 @@ def find_pair_refusal(metric: Metric, first: Runs, second: Runs) -> str:
 
 
 def find_joint_refusal(metric: Metric, runs: Runs) -> str:
-    """Returns the reason why runs of any arms cannot share one mean; empty if they can."""
+    """The reason why runs of any arms cannot share one mean; empty if they can."""
     checks: tuple[Callable[[Metric, Runs], str], ...] = (
         _find_other_tasks,
         _find_other_rules,
@@ -124,7 +124,7 @@ _BASE_FACTS: Final[Mapping[str, Callable[[ReportRow], str | None]]] = {
 
 
 def _find_other_bases(metric: Metric, runs: Runs) -> str:
-    """Finds runs that name the same base model but started from different ones."""
+    """Find runs that name the same base model but started from different ones."""
     named: dict[str, list[ReportRow]] = {}
     for run in runs:
         named.setdefault(run.model_name, []).append(run)
@@ -148,7 +148,7 @@ def _find_other_bases(metric: Metric, runs: Runs) -> str:
 
 
 def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow] | None:
-    """Returns two runs of one base model whose scores on the same tokens differ at step 0."""
+    """Two runs of one base model whose scores on the same tokens differ at step 0."""
     firsts: dict[tuple[str, ...], ReportRow] = {}
     for run in runs:
         score, key = run.base.nll_per_completion_token, run.step_0_key
@@ -168,7 +168,7 @@ def is_same_base_score(run: ReportRow, first: float, second: float) -> bool:
 
 
 def get_base_tolerance(run: ReportRow) -> float:
-    """Returns the relative tolerance of two base scores for the dtype of a run."""
+    """The relative tolerance of two base scores for the dtype of a run."""
     return _SAME_FLOAT32_BASE if run.recipe.model.dtype == "float32" else _SAME_BASE
 
 
@@ -184,8 +184,8 @@ def _find_other_functions(metric: Metric, runs: Runs) -> str:
 
 
 def _find_other_tokenizers(metric: Metric, runs: Runs) -> str:
-    """Nats per token are comparable only if the tokens are the same. Differences within one base
-    model are found from the counts of its rows.
+    """A sentence if the tokens differ: nats per token are comparable only on the same tokens.
+    Differences within one base model are found from the counts of its rows.
     """
     if metric.name not in LIKELIHOODS or metric.name == BITS_PER_BYTE:
         return ""
@@ -200,7 +200,7 @@ def _find_other_tokenizers(metric: Metric, runs: Runs) -> str:
 
 
 def find_flags(arms: Arms) -> tuple[str, ...]:
-    """Returns sentences on other differences between the runs of an effect, and on its limits."""
+    """Sentences on other differences between the runs of an effect, and on its limits."""
     if not arms.runs:
         return ()
     differences = count_recipe_differences(arms)
@@ -224,7 +224,7 @@ def find_flags(arms: Arms) -> tuple[str, ...]:
 
 
 def flag_other_tokens(metric: Metric, arms: Arms) -> str:
-    """Returns a sentence if a mean combines nats per token of models whose tokens differ."""
+    """A sentence if a mean combines nats per token of models whose tokens differ."""
     if metric.name not in LIKELIHOODS or metric.name == BITS_PER_BYTE:
         return ""
     by_tokens: dict[str, str] = {}
@@ -247,7 +247,7 @@ def questions_the_axis(flag: str) -> bool:
 
 
 def count_recipe_differences(arms: Arms) -> dict[str, int]:
-    """Returns `dotted key -> number of pairs` whose recipes differ there, the seed left out.
+    """`dotted key -> number of pairs` whose recipes differ there, the seed left out.
 
     Keys are in the order of the recipe, followed by files that both recipes name and whose content
     differed.
@@ -268,7 +268,7 @@ def _list_keys(first: ReportRow, second: ReportRow) -> list[str]:
 
 
 def _flag_recipes(arms: Arms, differences: Mapping[str, int]) -> list[str]:
-    """Flags keys that the axis changes together, and keys that it changes only in some pairs,
+    """Flag keys that the axis changes together, and keys that it changes only in some pairs,
     which is probably a mistake.
     """
     if not differences:
@@ -316,7 +316,7 @@ def _flag_tokens(arms: Arms) -> str:
 
 
 def _differ(arms: Arms, fact: Callable[[ReportRow], int | None]) -> tuple[str, str] | None:
-    """Returns the range of a fact in each arm if some pair of cells differs in it."""
+    """The range of a fact in each arm if some pair of cells differs in it."""
     is_other = False
     for first, second in arms.runs:
         one, two = ({fact(run) for run in runs} - {None} for runs in (first, second))
@@ -349,9 +349,9 @@ def _flag_not_converged(arms: Arms) -> str:
     return f"perhaps not converged: the best step is the last one in {counts}"
 
 
-def _count_in_arms(arms: Arms, is_so: Callable[[ReportRow], bool]) -> str:
-    """Returns a text such as `2 of 3 runs of loss=full and 0 of 3 of loss=completion`."""
-    counts = [(sum(map(is_so, runs)), len(runs)) for runs in arms.sides]
+def _count_in_arms(arms: Arms, condition: Callable[[ReportRow], bool]) -> str:
+    """A text such as `2 of 3 runs of loss=full and 0 of 3 of loss=completion`."""
+    counts = [(sum(map(condition, runs)), len(runs)) for runs in arms.sides]
     (first, of_first), (second, of_second) = counts
     names = arms.names
     return (
@@ -361,7 +361,7 @@ def _count_in_arms(arms: Arms, is_so: Callable[[ReportRow], bool]) -> str:
 
 
 def _flag_training_rows(arms: Arms, differences: Mapping[str, int]) -> str:
-    """Flags training rows that differ although no key of the recipes changes them."""
+    """Flag training rows that differ although no key of the recipes changes them."""
     if any(key.startswith(("data.", "content of")) for key in differences):
         return ""
     other = []
@@ -375,7 +375,7 @@ def _flag_training_rows(arms: Arms, differences: Mapping[str, int]) -> str:
 
 
 def _flag_contents(arms: Arms, differences: Mapping[str, int]) -> str:
-    """Flags test tokens that differ for the same rows and the same base model."""
+    """Flag test tokens that differ for the same rows and the same base model."""
     if any(key.startswith("model.") and key != "model.path" for key in differences):
         return ""  # the recipes already show it
     for first, second in arms.runs:
@@ -414,7 +414,7 @@ def _flag_source(arms: Arms) -> str:
 
 
 def _flag_missing(arms: Arms) -> str:
-    """Flags runs of the cells that have no score. An effect that is paired by seed may use even
+    """Flag runs of the cells that have no score. An effect that is paired by seed may use even
     fewer runs; a note on its interval reports that.
     """
     missing = [why for pair in arms.pairs for cell in pair for why in cell.missing]
@@ -437,7 +437,7 @@ def _flag_missing(arms: Arms) -> str:
 
 
 def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
-    """Returns one sentence on facts that some completed runs did not record."""
+    """One sentence on facts that some completed runs did not record."""
     completed = [row for row in rows if row.state == "completed"]
     facts: Mapping[str, Callable[[ReportRow], Any]] = {
         "hash of the initial weights": lambda row: row.initial_weights_hash,
@@ -455,7 +455,7 @@ def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
 
 
 def find_other_scales(rows: Sequence[ReportRow]) -> list[str]:
-    """Returns sentences on sets of runs whose numbers are not comparable with each other."""
+    """Sentences on sets of runs whose numbers are not comparable with each other."""
     warnings = []
     if len(by_rules := group_by_rules(rows)) > 1:
         sets = [f"rules {rules}: {_name(runs)}" for rules, runs in by_rules.items()]
@@ -497,5 +497,5 @@ def _name(runs: Sequence[ReportRow]) -> str:
 
 
 def _join(items: Sequence[str]) -> str:
-    """Returns `a, b and c`."""
+    """`a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -71,7 +71,7 @@ class CertificateLine:
         return describe_version(self.what, value) if self.section == "software" else value
 
     def describe(self) -> str:
-        """Returns the line as one sentence without a full stop.
+        """The line as one sentence without a full stop.
 
         >>> CertificateLine("recipe", "loss", "differs", "full", "completion", 1).describe()
         'loss: full -> completion'
@@ -97,7 +97,7 @@ class NotRead:
     why: str
 
     def describe(self) -> str:
-        """Returns the sentence for the certificate and stderr, without a full stop.
+        """The sentence for the certificate and stderr, without a full stop.
 
         >>> NotRead("demo/a", "damaged", "eval_rows.jsonl is missing").describe()
         'demo/a is damaged (eval_rows.jsonl is missing): none of its facts were read'
@@ -119,7 +119,7 @@ class Certificate:
     not_read: tuple[NotRead, ...] = ()
 
     def select(self, status: Status) -> list[CertificateLine]:
-        """Returns the lines with one status."""
+        """The lines with one status."""
         return [line for line in self.lines if line.status == status]
 
     @property
@@ -135,7 +135,7 @@ def build_certificate(
     not_read: Sequence[NotRead] = (),
     rows: Sequence[ReportRow] = (),
 ) -> Certificate:
-    """Returns the certificate of two arms; runs are paired by all axes on which the arms agree.
+    """The certificate of two arms; runs are paired by all axes on which the arms agree.
 
     With an axis, differences that it explains are marked: recipe keys with its name or its values,
     and the facts that follow from those keys. If both arms have several seeds, their runs are
@@ -173,7 +173,7 @@ def build_certificate(
 def pair_runs(
     rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow], axis: str | None = None
 ) -> tuple[list[tuple[ReportRow, ReportRow]], list[ReportRow]]:
-    """Returns pairs of runs that agree on all axes except those that distinguish the arms, and the
+    """Pairs of runs that agree on all axes except those that distinguish the arms, and the
     remaining runs. If each side has one run, the two are a pair regardless of their axes.
     """
     if len(rows_a) == len(rows_b) == 1:
@@ -218,7 +218,7 @@ def _have_own_seeds(a: ReportRow, b: ReportRow, rows: Sequence[ReportRow]) -> bo
 
 
 def _find_axes_apart(rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]) -> set[str]:
-    """Returns the axes with one value in all of A and a different one in all of B."""
+    """The axes with one value in all of A and a different one in all of B."""
     apart = set()
     for axis in {name for row in (*rows_a, *rows_b) for name in row.axes}:
         values_a = {axis_key(row.axes.get(axis)) for row in rows_a}
@@ -234,7 +234,7 @@ def _compare_recipes(
     flat: Mapping[int, Mapping[str, Any]],
     seeds: str | None,
 ) -> Iterator[CertificateLine]:
-    """Returns a line for each key that differs in some pair, then one line for all others."""
+    """A line for each key that differs in some pair, then one line for all others."""
     found: dict[str, list[tuple[Any, Any]]] = {}
     explained: dict[str, str | None] = {}
     num_keys = 0
@@ -266,7 +266,7 @@ def _compare_recipes(
 
 
 def _flatten(row: ReportRow) -> dict[str, Any]:
-    """Returns every recipe key that changes the experiment, dotted, with its value."""
+    """Every recipe key that changes the experiment, dotted, with its value."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, prefix: str) -> None:
@@ -289,7 +289,7 @@ def _explain_key(
     b: ReportRow,
     seeds: str | None,
 ) -> str | None:
-    """Explains a difference in a key; `seeds` explains a difference in `training.seed`."""
+    """Explain a difference in a key; `seeds` explains a difference in `training.seed`."""
     if key == "training.seed" and seeds is not None and axis != "seed":
         return seeds
     if axis is None or axis_key(a.axes.get(axis)) == axis_key(b.axes.get(axis)):
@@ -360,7 +360,7 @@ def _compare_fact(
 def _explain_fact(
     fact: Fact, pair: Pair, causes: Mapping[str, str], flat: Mapping[int, Mapping[str, Any]]
 ) -> str | None:
-    """Explains a difference in a fact; `causes` maps recipe keys to their explanations."""
+    """Explain a difference in a fact; `causes` maps recipe keys to their explanations."""
     a, b = pair
     for key, why in causes.items():
         if flat[id(a)].get(key, ABSENT) != flat[id(b)].get(key, ABSENT):
@@ -376,7 +376,7 @@ def _explain_fact(
 
 
 def _show_values(values: Sequence[tuple[Any, Any]]) -> tuple[str, str]:
-    """Returns each side as text if it is the same in all pairs."""
+    """Each side as text if it is the same in all pairs."""
     sides = []
     for side in zip(*values, strict=True):
         texts = dict.fromkeys(map(_show, side))
@@ -385,7 +385,7 @@ def _show_values(values: Sequence[tuple[Any, Any]]) -> tuple[str, str]:
 
 
 def _show(value: Any) -> str:
-    """Formats a value as text; a hash is cut to its first characters.
+    """Format a value as text; a hash is cut to its first characters.
 
     >>> _show("ab" * 32), _show(60), _show(2 / 3), _show(["q", "v"]), _show(None)
     ('abababababab', '60', '0.666667', '["q", "v"]', 'null')

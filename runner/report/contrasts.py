@@ -59,18 +59,18 @@ class Contrasts:
         self._floors: dict[tuple[int, int, str], float | None] = {}
 
     def get(self, cell: Cell) -> Aligned | str:
-        """Returns a cell, or the reason why it has no per-row scores."""
+        """A cell, or the reason why it has no per-row scores."""
         return self._found[id(cell)]
 
     def list_runs(self, cell: Cell) -> Runs:
-        """Returns the runs of a cell that count."""
+        """The runs of a cell that count."""
         found = self._found[id(cell)]
         if isinstance(found, Aligned):
             return found.runs
         return tuple(list_counted(cell, self.metric.name, self._seed_axis))
 
     def find_difference(self, cells: Sequence[Aligned]) -> str:
-        """Describes the difference in rows, tokens or groups that rules out a contrast, if any."""
+        """Describe the difference in rows, tokens or groups that rules out a contrast, if any."""
         first = cells[0]
         for other in cells[1:]:
             names = f"{name_runs(first.cell)} and {name_runs(other.cell)}"
@@ -99,7 +99,7 @@ class Contrasts:
     def find_interval(
         self, cells: Sequence[Aligned], weights: Sequence[float], level: float
     ) -> Interval:
-        """Returns the interval of a contrast of comparable cells."""
+        """The interval of a contrast of comparable cells."""
         first = cells[0]
         with_pool = self._add_pool(cells)
         all_weights = [*weights, *[0.0] * (len(with_pool) - len(cells))]
@@ -121,7 +121,7 @@ class Contrasts:
     def test_interaction(
         self, cells: Sequence[Aligned], simple_weights: Sequence[Sequence[float]]
     ) -> InteractionTest | None:
-        """Tests if simple effects differ; None if that cannot be tested."""
+        """Test if simple effects differ; None if that cannot be tested."""
         first = cells[0]
         with_pool = self._add_pool(cells)
         zeros = [0.0] * (len(with_pool) - len(cells))
@@ -130,12 +130,12 @@ class Contrasts:
         )
 
     def find_noise_floor(self, cells: Sequence[Aligned]) -> float | None:
-        """Returns the largest noise floor of the pools of some cells; None if there is none."""
+        """The largest noise floor of the pools of some cells; None if there is none."""
         floors = [floor for cell in cells if (floor := self._find_floor_of_pool(cell)) is not None]
         return max(floors, default=None)
 
     def find_overall_noise_floor(self) -> float | None:
-        """Returns the largest noise floor of all pools."""
+        """The largest noise floor of all pools."""
         return self.find_noise_floor(self._cells)
 
     def _find_floor_of_pool(self, cell: Aligned) -> float | None:
@@ -146,7 +146,7 @@ class Contrasts:
         return self._floors[key]
 
     def _add_pool(self, cells: Sequence[Aligned]) -> list[CellScores]:
-        """Returns the cells, followed by all others that share their pools and tokens."""
+        """The cells, followed by all others that share their pools and tokens."""
         used = {id(cell) for cell in cells}
         pools = {cell.pool for cell in cells}
         others = [
@@ -293,7 +293,7 @@ def _has_same_start(cells: Sequence[Aligned]) -> bool:
 
 
 def build_metric(name: str, modes: Mapping[str, str]) -> Metric:
-    """Returns a metric by its name; `modes` are those of metrics of answers."""
+    """A metric by its name; `modes` are those of metrics of answers."""
     likelihoods = {
         NLL_PER_COMPLETION_TOKEN: ("NLL per completion token", "nats per completion token"),
         "nll_per_token": ("NLL per token", "nats per token"),

@@ -26,7 +26,7 @@ MAX_CURVE_FIGURES: Final = 8
 
 
 def draw_curves(report: Report) -> list[Drawing]:
-    """Draws the validation metric over steps: one colour for each value of an axis, one panel for
+    """Draw the validation metric over steps: one color for each value of an axis, one panel for
     each combination of the others.
     """
     panels: list[tuple[str, str, list[tuple[int, str, ReportRow]]]] = []
@@ -52,7 +52,7 @@ def draw_curves(report: Report) -> list[Drawing]:
 
 
 def load_curve(run: ReportRow) -> list[tuple[int, float]]:
-    """Returns steps and validation scores of the metric that selects the best step; may be empty.
+    """Steps and validation scores of the metric that selects the best step; may be empty.
 
     The base model (step 0) is left out: its score would flatten the rest of the curve.
     """
@@ -72,7 +72,7 @@ def load_curve(run: ReportRow) -> list[tuple[int, float]]:
 
 
 def name_curve_metric(run: ReportRow) -> str:
-    """Returns the metric that selected the best step of a run."""
+    """The metric that selected the best step of a run."""
     return run.recipe.checkpoints.metric
 
 
@@ -83,20 +83,20 @@ def _list_curve_panels(
     models = list_model_axes(cells)
     wanted = [effects.axis for effects in report.effects if effects.axis in values]
     wanted.sort(key=lambda axis: axis in models)  # scores across models are less comparable
-    colour = next((axis for axis in wanted if len(values[axis]) <= len(PALETTE)), None)
-    if colour is None:
-        colour = min(values, key=lambda axis: len(values[axis]), default=None)
-    others = [axis for axis in values if axis != colour]
+    color = next((axis for axis in wanted if len(values[axis]) <= len(PALETTE)), None)
+    if color is None:
+        color = min(values, key=lambda axis: len(values[axis]), default=None)
+    others = [axis for axis in values if axis != color]
     for chosen in product(*(values[axis] for axis in others)):
         facet = dict(zip(others, chosen, strict=True))
         curves = []
         for cell in cells:
             if is_at(cell, facet):
                 number, name = 0, "all runs"
-                if colour is not None and colour in cell.axes:
-                    keys = [axis_key(value) for value in values[colour]]
-                    number = keys.index(axis_key(cell.axes[colour]))
-                    name = f"{colour}={axis_text(cell.axes[colour])}"
+                if color is not None and color in cell.axes:
+                    keys = [axis_key(value) for value in values[color]]
+                    number = keys.index(axis_key(cell.axes[color]))
+                    name = f"{color}={axis_text(cell.axes[color])}"
                 curves += [(number, name, run) for run in cell.runs if load_curve(run)]
         if curves:
             yield name_panel(facet), curves

@@ -31,7 +31,7 @@ class Declared:
         return self.axis, axis_key(self.reference), axis_key(self.compared), self.metric
 
     def describe(self) -> str:
-        """Returns the contrast as errors name it."""
+        """The contrast as errors name it."""
         return (
             f"{self.axis}: {axis_text(self.reference)} to {axis_text(self.compared)}"
             f" by {self.metric}"
@@ -39,14 +39,14 @@ class Declared:
 
 
 def read_declared(contrasts: Iterable[Any] | None) -> tuple[Declared, ...]:
-    """Returns the contrasts in `run.declared` of a recipe."""
+    """The contrasts in `run.declared` of a recipe."""
     return tuple(
         Declared(one.axis, one.from_, one.to, one.metric, one.margin) for one in contrasts or ()
     )
 
 
 def list_declared(rows: Iterable[ReportRow]) -> list[Declared]:
-    """Returns every contrast that some run declares now or declared at its first attempt."""
+    """Every contrast that some run declares now or declared at its first attempt."""
     found: dict[Any, Declared] = {}
     for row in rows:
         for contrast in read_declared(row.declared_now) + read_declared(row.declared_then):
@@ -55,7 +55,7 @@ def list_declared(rows: Iterable[ReportRow]) -> list[Declared]:
 
 
 def list_recorded(rows: Iterable[ReportRow]) -> list[Declared]:
-    """Returns every contrast that some run recorded at its first attempt."""
+    """Every contrast that some run recorded at its first attempt."""
     found: dict[Any, Declared] = {}
     for row in rows:
         for contrast in read_declared(row.declared_then):
@@ -73,7 +73,7 @@ class Standing:
 
 
 def judge(contrast: Declared, runs: Sequence[ReportRow]) -> Standing:
-    """Returns the standing of a contrast for an effect over `runs`."""
+    """The standing of a contrast for an effect over `runs`."""
     late, other = [], []
     for row in runs:
         then = {one.key: one for one in read_declared(row.declared_then)}
@@ -106,7 +106,7 @@ def _name_margin(margin: float | None) -> str:
 def find_undeclarable(
     contrasts: Iterable[Declared], rows: Sequence[ReportRow], metrics: Iterable[str], grid: str
 ) -> list[str]:
-    """Returns warnings about declared contrasts whose axis, value or metric no run has."""
+    """Warnings about declared contrasts whose axis, value or metric no run has."""
     axes, known = list_axes(rows), list(metrics)
     warnings = []
     for contrast in contrasts:

@@ -30,7 +30,7 @@ class Difference:
 
 
 def compare_runs(a: ReportRow, b: ReportRow) -> list[Difference]:
-    """Returns the differences of two runs, over rows only."""
+    """The differences of two runs, over rows only."""
     cells = [*build_cells([a], None), *build_cells([b], None)]
     return _compare(cells[0], cells[1], cells, None, "rows")
 
@@ -38,7 +38,7 @@ def compare_runs(a: ReportRow, b: ReportRow) -> list[Difference]:
 def compare_cells_of(
     a: ReportRow, b: ReportRow, rows: Sequence[ReportRow], *, rows_fixed: bool = False
 ) -> list[Difference]:
-    """Returns the differences of the cells of two runs, over seeds (and rows); empty if neither
+    """The differences of the cells of two runs, over seeds (and rows); empty if neither
     cell has another seed. `rows` are all runs of their grids: other cells with the same base model
     contribute to the seed variance.
     """

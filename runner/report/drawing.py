@@ -1,6 +1,6 @@
 """Matplotlib figures as SVG for a page and as PDF for a paper, with reproducible bytes.
 
-Figures are drawn in the colours named here. In the SVG, each colour becomes a class, so that the
+Figures are drawn in the colors named here. In the SVG, each color becomes a class, so that the
 page's style sheet can set it for light, dark and print. All `style` attributes are removed, because
 the page's Content-Security-Policy allows none.
 """
@@ -27,12 +27,12 @@ RULE: Final = "#d5d9de"
 BAND: Final = "#e6e9ed"
 GREYED: Final = "#a3abb5"
 PAPER: Final = "#ffffff"
-# Okabe and Ito's colours for colour-blind readers, without their yellow, which is faint on white
+# Okabe and Ito's colors for color-blind readers, without their yellow, which is faint on white
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3f")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 LINES: Final = ("-", "--", "-.", ":")
 
-# Colour -> its class in the style sheet, after the prefix `f-` (fill) or `s-` (stroke)
+# Color -> its class in the style sheet, after the prefix `f-` (fill) or `s-` (stroke)
 _CLASSES: Final[Mapping[str, str]] = {
     INK: "ink",
     "#000000": "ink",
@@ -41,7 +41,7 @@ _CLASSES: Final[Mapping[str, str]] = {
     BAND: "band",
     GREYED: "greyed",
     PAPER: "paper",
-    **{colour: f"c{number}" for number, colour in enumerate(PALETTE)},
+    **{color: f"c{number}" for number, color in enumerate(PALETTE)},
 }
 _MAX_LABEL: Final = 60
 _SETTINGS: Final[Mapping[str, Any]] = {
@@ -93,7 +93,7 @@ class Drawing:
         return bool(self.figure.get_figwidth() < 6)
 
     def as_svg(self) -> str:
-        """Returns the figure as an inline element of a page, with its colours as classes."""
+        """The figure as an inline element of a page, with its colors as classes."""
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -101,7 +101,7 @@ class Drawing:
         return _adapt_to_page(content.decode(), self.title, self.alternative)
 
     def as_pdf(self) -> bytes:
-        """Returns the figure as PDF, for a paper."""
+        """The figure as PDF, for a paper."""
         nothing = {
             "CreationDate": None,
             "Creator": None,
@@ -113,7 +113,7 @@ class Drawing:
         return self._print(FigureCanvasPdf(self.figure).print_pdf, nothing)
 
     def _print(self, print_figure: Callable[..., Any], metadata: Mapping[str, Any]) -> bytes:
-        """Returns the output of a canvas; `savefig` would draw everything twice."""
+        """The output of a canvas; `savefig` would draw everything twice."""
         stream = io.BytesIO()
         with _settings(self.name):
             print_figure(stream, metadata=metadata)
@@ -123,7 +123,7 @@ class Drawing:
 
 @contextmanager
 def drawing_figure(width: float, height: float) -> Iterator[Figure]:
-    """Yields a new figure of this size in inches, within the common settings of all figures."""
+    """Yield a new figure of this size in inches, within the common settings of all figures."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -133,7 +133,7 @@ def drawing_figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def label(text: str, width: int = _MAX_LABEL) -> str:
-    """Returns a text from data for a figure: one line, no controls, no folders, cut to `width`.
+    """A text from data for a figure: one line, no controls, no folders, cut to `width`.
 
     >>> label("a\\x1b[2Jb"), len(label("x" * 1_000_000))
     ('a�[2Jb', 60)
@@ -142,7 +142,7 @@ def label(text: str, width: int = _MAX_LABEL) -> str:
 
 
 def draw_dots(axes: Any, xs: Any, ys: Any, *, color: str, size: float = 3.2) -> None:
-    """Draws dots as one path: an element for each would add hundreds of kilobytes to a page."""
+    """Draw dots as one path: an element for each would add hundreds of kilobytes to a page."""
     import numpy as np
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -218,7 +218,7 @@ def _adapt_to_page(svg: str, title: str, alternative: str) -> str:
 
 
 def _move_style(match: re.Match[str]) -> str:
-    """Replaces a `style` attribute by a class and separate attributes."""
+    """Replace a `style` attribute by a class and separate attributes."""
     classes, attributes = [], []
     for declaration in match[1].split(";"):
         name, _, value = (part.strip() for part in declaration.partition(":"))
@@ -236,7 +236,7 @@ def _move_style(match: re.Match[str]) -> str:
 
 
 def _round(match: re.Match[str]) -> str:
-    """Rounds to a hundredth of a point, which is finer than a screen shows.
+    """Round to a hundredth of a point, which is finer than a screen shows.
 
     >>> _round(re.match(".*", "-12.3456"))
     '-12.35'

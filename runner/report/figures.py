@@ -56,7 +56,7 @@ Item = TypeVar("Item")
 
 
 def draw_forests(report: Report) -> list[Drawing]:
-    """Draws effects with their intervals, one figure for each grid, task and metric."""
+    """Draw effects with their intervals, one figure for each grid, task and metric."""
     drawings: list[Drawing] = []
     for grid, task in list_places(report):
         by_metric: dict[str, list[AxisEffects]] = {}
@@ -170,7 +170,7 @@ class _Panel:
 
 
 def draw_interactions(report: Report) -> list[Drawing]:
-    """Draws each pair of axes: the score along one axis, a line for each value of the other."""
+    """Draw each pair of axes: the score along one axis, a line for each value of the other."""
     drawings: list[Drawing] = []
     for grid, task in list_places(report):
         cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
@@ -219,7 +219,7 @@ def _is_crossed(cells: Sequence[Cell], first: str, second: str, metric: Metric) 
 
 
 def _choose_along(first: str, second: str, values: Mapping[str, list[Any]]) -> tuple[str, str]:
-    """Orders two axes; the numeric one, else the one with more values, goes along the bottom."""
+    """Order two axes; the numeric one, else the one with more values, goes along the bottom."""
 
     def rank(axis: str) -> tuple[bool, int]:
         return all(map(is_number, values[axis])), len(values[axis])
@@ -230,7 +230,7 @@ def _choose_along(first: str, second: str, values: Mapping[str, list[Any]]) -> t
 def _find_interaction(
     report: Report, cells: Sequence[Cell], metric: Metric, first: str, second: str
 ) -> float | None:
-    """Returns the smallest p of the tests for an interaction of the two axes."""
+    """The smallest p of the tests for an interaction of the two axes."""
     place = (cells[0].grid, cells[0].task, metric.name)
     found = [
         interaction.p
@@ -318,7 +318,7 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
 
 
 def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
-    """Draws the score of each test row under two arms, a panel for each comparison."""
+    """Draw the score of each test row under two arms, a panel for each comparison."""
     drawings: list[Drawing] = []
     shown = comparisons[:MAX_SCATTERS]
     for chunk in split_by_metric(shown):
@@ -357,7 +357,7 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
 
 
 def split_by_metric(comparisons: Sequence[RowComparison]) -> Iterator[Sequence[RowComparison]]:
-    """Splits comparisons by metric into figures of at most six."""
+    """Split comparisons by metric into figures of at most six."""
     by_metric: dict[str, list[RowComparison]] = {}
     for one in comparisons:
         by_metric.setdefault(one.metric.name, []).append(one)
@@ -381,7 +381,7 @@ def _draw_scatter(axes: Any, one: RowComparison) -> None:
 
 
 def choose_style(number: int) -> dict[str, Any]:
-    """Returns color, marker and dash: lines differ in print and for color-blind readers."""
+    """Color, marker and dash, since lines must differ in print and for color-blind readers."""
     return {
         "color": PALETTE[number % len(PALETTE)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -395,7 +395,7 @@ def is_at(cell: Cell, axes: Mapping[str, Any]) -> bool:
 
 
 def split(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Splits items into chunks of at most `size`.
+    """Split items into chunks of at most `size`.
 
     >>> list(split("abcde", 2))
     ['ab', 'cd', 'e']

@@ -90,7 +90,7 @@ class Column:
         return max(3, *map(measure, self.shown))
 
     def draw(self) -> list[str]:
-        """Returns header, rule and cells, padded to the same width."""
+        """Header, rule and cells, padded to the same width."""
         width = self.width
         padded = [fill(cell, width, is_right=self.is_numeric) for cell in self.shown]
         return [padded[0], "-" * (width - 1) + (":" if self.is_numeric else "-"), *padded[1:]]
@@ -104,12 +104,12 @@ class Column:
 def build_column(
     header: str, items: Iterable[Item], text: Callable[[Item], str], **settings: Any
 ) -> Column:
-    """Returns a column with one cell per item; `settings` are fields of `Column`."""
+    """A column with one cell per item; `settings` are fields of `Column`."""
     return Column(header, tuple(text(item) for item in items), **settings)
 
 
 def draw_packed(keys: Sequence[Column], columns: Sequence[Column]) -> list[str]:
-    """Draws `columns` in order as few tables within `MAX_WIDTH`, each starting with `keys`."""
+    """Draw `columns` in order as few tables within `MAX_WIDTH`, each starting with `keys`."""
     keys = list(keys)
     if keys and _measure(keys) > MAX_KEY:
         numbers = tuple(map(str, range(1, len(keys[0].cells) + 1)))
@@ -131,13 +131,13 @@ def _cut_value(text: str, most: int = MAX_CELL) -> str:
 
 
 def draw_table(columns: Sequence[Column]) -> str:
-    """Draws one table of any width."""
+    """Draw one table of any width."""
     lines = zip(*(column.draw() for column in columns), strict=True)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def wrap(text: str, first: str = "", indent: str = "") -> str:
-    """Wraps a sentence to lines of at most `MAX_WIDTH` columns. The first line starts with `first`,
+    """Wrap a sentence to lines of at most `MAX_WIDTH` columns. The first line starts with `first`,
     the others with `indent`; an overlong text is cut.
 
     >>> wrap("one two", "- ")
@@ -161,7 +161,7 @@ def wrap(text: str, first: str = "", indent: str = "") -> str:
 
 
 def bullet(text: str) -> str:
-    """Formats a sentence as a list item."""
+    """Format a sentence as a list item."""
     return wrap(text, "- ", "  ")
 
 
@@ -192,7 +192,7 @@ ANSWERS_LEGEND: Final = (
 
 
 def format_markdown(report: Report) -> str:
-    """Returns the whole report."""
+    """The whole report."""
     grids = ", ".join(dict.fromkeys(row.grid for row in report.rows))
     title = f"# {cut(make_safe(grids), MAX_WIDTH // 2) or 'report'}: {count_states(report.rows)}"
     parts = [cut(title, MAX_WIDTH)]
@@ -218,7 +218,7 @@ def format_markdown(report: Report) -> str:
 def describe_effects(
     report: Report, some: Sequence[AxisEffects], *, with_single: bool = False
 ) -> Iterator[str]:
-    """Yields a section for each two values of an axis, with a table for each metric; effects of
+    """Yield a section for each two values of an axis, with a table for each metric; effects of
     single runs only `with_single`.
     """
     constant = list_constant_axes(report.rows)
@@ -260,7 +260,7 @@ def _name_section(report: Report, effects: AxisEffects) -> str:
 
 
 def _list_reasons(effects: AxisEffects, *, with_single: bool) -> Iterator[str]:
-    """Yields the reasons for missing numbers."""
+    """Yield the reasons for missing numbers."""
     for effect in effects.shown:
         yield from (f"refused: {reason}" for reason in effect.refused)
     single = list(filter(is_of_single_runs, effects.shown))
@@ -277,7 +277,7 @@ def _value(value: Any) -> str:
 
 
 def _describe_axis(effects: AxisEffects) -> Iterator[str]:
-    """Yields the recipe keys that the axis changed, and the cells without a pair."""
+    """Yield the recipe keys that the axis changed, and the cells without a pair."""
     num_pairs = len(effects.cells)
     if not effects.shown:
         yield "no two cells can be compared"
@@ -342,7 +342,7 @@ def _build_variance_columns(effects: Sequence[Effect]) -> list[Column]:
 def _list_notes(
     effects: AxisEffects, shown: Sequence[Effect], constant: Collection[str]
 ) -> Iterator[str]:
-    """Yields notes on the numbers: dependence, designs, equivalence and the noise floor."""
+    """Yield notes on the numbers: dependence, designs, equivalence and the noise floor."""
     if effects.depends_on:
         names = " and ".join(f"`{name}`" for name in effects.depends_on)
         yield f"depends on {names}: no mean over its levels is shown, only the effect at each"
@@ -383,7 +383,7 @@ def _describe_cells(report: Report) -> Iterator[str]:
 
 
 def _build_key_columns(cells: Sequence[Cell], report: Report) -> list[Column]:
-    """Returns the columns that name a cell; the names of runs if each cell has one run."""
+    """The columns that name a cell; the names of runs if each cell has one run."""
     columns = []
     if all(len(cell.runs) == 1 for cell in cells):
         columns.append(build_column("run", cells, lambda cell: cell.runs[0].name, is_numeric=False))
@@ -440,7 +440,7 @@ def _build_cell_columns(cells: Sequence[Cell]) -> list[Column]:
 
 
 def _build_answer_columns(cells: Sequence[Cell]) -> list[Column]:
-    """Returns base and tuned scores side by side, for cells whose models generated answers."""
+    """Base and tuned scores side by side, for cells whose models generated answers."""
     columns = []
     rows = [row for cell in cells for row in cell.runs]
     counts = [score for row in rows for score in row.answers.values()]
@@ -459,7 +459,7 @@ def _build_answer_columns(cells: Sequence[Cell]) -> list[Column]:
 
 
 def _count_answers(cell: Cell, what: str) -> str:
-    """Formats counts of base and tuned and the total over all seeds, such as `3, 0 of 24`."""
+    """Format counts of base and tuned and the total over all seeds, such as `3, 0 of 24`."""
     texts, total = [], 0
     for model in MODELS:
         scores = [row.answers[model] for row in cell.runs if model in row.answers]
@@ -479,7 +479,7 @@ def _find_count(score: GenerationScore, what: str) -> int | None:
 
 
 def _join(cell: Cell, field: str) -> str:
-    """Joins the different known values of a field in a cell."""
+    """Join the different known values of a field in a cell."""
     values = (getattr(row, field) for row in cell.runs)
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
@@ -492,7 +492,7 @@ def _join_states(cell: Cell) -> str:
 
 
 def _describe_steps(cell: Cell) -> str:
-    """Formats best step and number of steps; a range if the seeds differ."""
+    """Format best step and number of steps; a range if the seeds differ."""
     pairs = [(row.best_step, row.num_steps) for row in cell.runs if row.num_steps is not None]
     sides = []
     for side in zip(*pairs, strict=True):

@@ -51,7 +51,7 @@ class HeatMap:
 
 
 def build_heat_maps(report: Report) -> tuple[list[HeatMap], list[HeatMap]]:
-    """Returns a heat map for each grid, task and scored metric: main metrics, then others."""
+    """A heat map for each grid, task and scored metric: main metrics, then others."""
     main: list[HeatMap] = []
     others: list[HeatMap] = []
     for grid, task in list_places(report):
@@ -106,7 +106,7 @@ def _key_models(cell: Cell, models: Sequence[str]) -> tuple[str, ...]:
 def _find_ranges(
     metric: Metric, cells: Sequence[Cell], models: Sequence[str]
 ) -> dict[tuple[str, ...], tuple[float, float]]:
-    """Returns the worst and best mean of the cells that share a shading."""
+    """The worst and best mean of the cells that share a shading."""
     means: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
         if scores := cell.scores.get(metric.name):

@@ -80,7 +80,7 @@ class Page:
 
 
 def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
-    """Builds the page of a report."""
+    """Build the page of a report."""
     if not report.metrics:  # nothing can be compared, but the scores are shown
         report = replace(report, metrics=list_scored_metrics(report))
     comparisons = build_row_comparisons(report)
@@ -141,7 +141,7 @@ def write_pages(
     figures: Path | None = None,
     rows: Path | None = None,
 ) -> list[str]:
-    """Writes the page, the figures as PDF and a page of all rows for each comparison, if requested;
+    """Write the page, the figures as PDF and a page of all rows for each comparison, if requested;
     returns a line with the location of each.
 
     Raises:
@@ -166,7 +166,7 @@ def write_pages(
 
 
 def require_targets(page: Path | None, *folders: Path | None) -> None:
-    """Raises RefusedError if a name to be written is taken by something else."""
+    """Raise RefusedError if a name to be written is taken by something else."""
     if page is not None and page.is_dir():
         raise RefusedError(
             f"{page} is a folder, but the page is one file", hint=f"--html {page / 'report.html'}"
@@ -179,7 +179,7 @@ def require_targets(page: Path | None, *folders: Path | None) -> None:
 
 
 def name_comparisons(comparisons: Sequence[RowComparison]) -> dict[str, RowComparison]:
-    """Returns a file name for the page of each comparison, in order."""
+    """A file name for the page of each comparison, in order."""
     width = len(str(len(comparisons)))
     named = {}
     for number, one in enumerate(comparisons, start=1):
@@ -189,7 +189,7 @@ def name_comparisons(comparisons: Sequence[RowComparison]) -> dict[str, RowCompa
 
 
 def _render_comparison(one: RowComparison, texts: TextSource, options: PageOptions) -> str:
-    """Renders the page of one comparison, with all its rows."""
+    """Render the page of one comparison, with all its rows."""
     found = texts.find(one) if options.with_rows else {}
     rows = "".join(
         _render_row(one, at, found.get(one.row_ids[at]), MAX_TEXT_ALONE) for at in one.order
@@ -201,7 +201,7 @@ def _render_comparison(one: RowComparison, texts: TextSource, options: PageOptio
 def _fill_rows(
     comparisons: Sequence[RowComparison], options: PageOptions, budget: int
 ) -> list[str]:
-    """Returns the rows of each comparison as HTML, largest differences first. Comparisons take
+    """The rows of each comparison as HTML, largest differences first. Comparisons take
     turns until the page is full; the rest is counted.
     """
     texts = TextSource()
@@ -235,7 +235,7 @@ def _name_left_out(num_shown: int, num_left_out: int) -> str:
 
 
 def _render_row(one: RowComparison, at: int, texts: RowTexts | None, limit: int) -> str:
-    """Renders one test row of a table: numbers, then the texts to unfold."""
+    """Render one test row of a table: numbers, then the texts to unfold."""
     gain = one.gains[at]
     winner = one.compared_name if gain > 0 else one.reference_name if gain < 0 else "neither"
     numbers = (
@@ -283,7 +283,7 @@ def _render_texts(one: RowComparison, texts: RowTexts | None, limit: int) -> str
 
 
 def show_text(text: str, limit: int) -> Markup:
-    """Returns a text of a row with controls escaped, cut after `limit` characters."""
+    """A text of a row with controls escaped, cut after `limit` characters."""
     more = f" … ({len(text) - limit:,} more characters)" if len(text) > limit else ""
     return escape(escape_controls(text[:limit])) + more
 
@@ -293,7 +293,7 @@ def _plain(text: str) -> Markup:
 
 
 def show_prose(text: str) -> Markup:
-    """Returns a sentence of the report as markup, with `code` in code elements."""
+    """A sentence of the report as markup, with `code` in code elements."""
     parts = re.split(r"`([^`\n]{1,200})`", text.replace(" -> ", " → "))
     return Markup("").join(
         Markup("<code>{}</code>").format(_plain(part)) if at % 2 else _plain(part)
@@ -302,7 +302,7 @@ def show_prose(text: str) -> Markup:
 
 
 def _finalize(value: Any) -> Any:
-    """Escapes a value that a template prints, unless it is our own markup."""
+    """Escape a value that a template prints, unless it is our own markup."""
     if isinstance(value, Markup):
         return value
     if isinstance(value, str):
@@ -343,7 +343,7 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def _hash(text: str) -> str:
-    """Returns the hash of a script or style for a Content-Security-Policy."""
+    """The hash of a script or style for a Content-Security-Policy."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
@@ -357,7 +357,7 @@ class _Embedded:
 
 
 def _embed(drawings: Sequence[Drawing]) -> list[_Embedded]:
-    """Returns the drawings as markup; a caption equal to the previous one is left out."""
+    """The drawings as markup; a caption equal to the previous one is left out."""
     embedded = []
     captions = ["", *(drawing.caption for drawing in drawings)]
     for drawing, before in zip(drawings, captions, strict=False):
@@ -368,7 +368,7 @@ def _embed(drawings: Sequence[Drawing]) -> list[_Embedded]:
 
 
 def _list_axes(report: Report) -> list[tuple[str, str]]:
-    """Returns each axis with its values."""
+    """Each axis with its values."""
     found = []
     for axis in list_axes(report.rows):
         values = [axis_text(value) for value in list_values(report.rows, axis)]
@@ -377,7 +377,7 @@ def _list_axes(report: Report) -> list[tuple[str, str]]:
 
 
 def _ask(report: Report, grids: Sequence[str]) -> str:
-    """Returns the question that the grid answers."""
+    """The question that the grid answers."""
     several = list(list_cell_axes(report.cells))
     seeds = [len({run.seed for run in cell.runs}) for cell in report.cells]
     words = f"{'Grids' if len(grids) > 1 else 'Grid'} {', '.join(grids)}: what"
@@ -391,7 +391,7 @@ def _ask(report: Report, grids: Sequence[str]) -> str:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Joins words as in a sentence.
+    """Join words as in a sentence.
 
     >>> join_words(["a", "b", "c"]), join_words(["a"]), join_words([])
     ('a, b and c', 'a', '')
@@ -402,7 +402,7 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def _list_commands(grids: Sequence[str], options: PageOptions) -> list[str]:
-    """Returns the commands that reproduce the page."""
+    """The commands that reproduce the page."""
     lines = []
     for grid in grids:
         lines += [f"runner render {grid}", f"runner sweep recipes/{grid}"]
@@ -410,7 +410,7 @@ def _list_commands(grids: Sequence[str], options: PageOptions) -> list[str]:
 
 
 def _list_definitions(report: Report, tables: Sequence[PageTable]) -> list[tuple[str, str]]:
-    """Returns every column and metric of the page with its meaning, each once."""
+    """Every column and metric of the page with its meaning, each once."""
     found = {name: meaning for name, meaning in TERMS}
     for metric in report.metrics:
         better = "lower" if metric.mode == "min" else "higher"
@@ -422,7 +422,7 @@ def _list_definitions(report: Report, tables: Sequence[PageTable]) -> list[tuple
 
 
 def _list_declared(report: Report) -> list[str]:
-    """Returns the declared contrasts of each grid, with the standing of each."""
+    """The declared contrasts of each grid, with the standing of each."""
     found = []
     for grid in dict.fromkeys(row.grid for row in report.rows):
         rows = [row for row in report.rows if row.grid == grid]

@@ -14,30 +14,30 @@ from runner.report.wording import name_cell
 
 
 def describe_contrast(effect: Effect | AxisEffects) -> str:
-    """Formats the axis and its two values, the reference first."""
+    """Format the axis and its two values, the reference first."""
     return f"{effect.axis}: {axis_text(effect.reference)} → {axis_text(effect.compared)}"
 
 
 def describe_place(effect: Effect) -> str:
-    """Describes the cells of an effect."""
+    """Describe the cells of an effect."""
     if effect.at:
         return f"at {name_cell(effect.at)}"
     return f"mean over {len(effect.pairs)} pairs of cells" if len(effect.pairs) != 1 else "one pair"
 
 
 def list_places(report: Report) -> list[tuple[str, str]]:
-    """Returns each grid and task, in order; numbers are never combined across them."""
+    """Each grid and task, in order; numbers are never combined across them."""
     return list(dict.fromkeys((cell.grid, cell.task) for cell in report.cells))
 
 
 def describe_source(report: Report, grid: str, task: str) -> str:
-    """Formats the grid, with the task if the grid has several."""
+    """Format the grid, with the task if the grid has several."""
     tasks = {cell.task for cell in report.cells if cell.grid == grid}
     return f"{grid}, task {task}" if len(tasks) > 1 else grid
 
 
 def list_cell_axes(cells: Iterable[Cell]) -> dict[str, list[Any]]:
-    """Returns axes with several values: numbers ascending, then other values."""
+    """Axes with several values: numbers ascending, then other values."""
     values: dict[str, dict[str, Any]] = {}
     for cell in cells:
         for axis, value in cell.axes.items():
@@ -50,7 +50,7 @@ def list_cell_axes(cells: Iterable[Cell]) -> dict[str, list[Any]]:
 
 
 def find_cell(cells: Iterable[Cell], axes: Mapping[str, Any]) -> Cell | None:
-    """Returns the cell with these values on these axes."""
+    """The cell with these values on these axes."""
     wanted = {axis: axis_key(value) for axis, value in axes.items()}
     for cell in cells:
         if all(
@@ -61,7 +61,7 @@ def find_cell(cells: Iterable[Cell], axes: Mapping[str, Any]) -> Cell | None:
 
 
 def list_main_metrics(report: Report, grid: str, task: str) -> list[Metric]:
-    """Returns the metrics that figures draw: those of declared contrasts; if there are none, the
+    """The metrics that figures draw: those of declared contrasts; if there are none, the
     first likelihood with scores and the first metric of answers.
     """
     known = {metric.name: metric for metric in report.metrics}
@@ -81,21 +81,21 @@ def list_main_metrics(report: Report, grid: str, task: str) -> list[Metric]:
 
 
 def list_scored_metrics(report: Report) -> tuple[Metric, ...]:
-    """Returns every metric for which some cell has a score."""
+    """Every metric for which some cell has a score."""
     modes = {name: mode for row in report.rows for name, mode in row.recipe.metric_modes.items()}
     names = dict.fromkeys(name for cell in report.cells for name in cell.scores)
     return tuple(build_metric(name, modes) for name in names)
 
 
 def list_all(effects: AxisEffects) -> list[Effect]:
-    """Returns all effects of two axis values, each once: pooled, simple, single pairs of cells."""
+    """All effects of two axis values, each once: pooled, simple, single pairs of cells."""
     pooled = [effects.pooled] if effects.pooled is not None else []
     simple = [effect for those in effects.simple.values() for effect in those]
     return [*pooled, *simple, *effects.cells]
 
 
 def choose_effects(report: Report, grid: str, task: str) -> list[AxisEffects]:
-    """Returns the effects that figures draw for each two values of an axis: by the main metrics, or
+    """The effects that figures draw for each two values of an axis: by the main metrics, or
     by another one if these give no number, such as bits per byte across two tokenizers.
     """
     main = {metric.name for metric in list_main_metrics(report, grid, task)}
@@ -123,7 +123,7 @@ def is_per_token(metric: Metric) -> bool:
 
 
 def list_model_axes(cells: Sequence[Cell]) -> list[str]:
-    """Returns the axes that change the base model; NLL per token is not comparable along them."""
+    """The axes that change the base model; NLL per token is not comparable along them."""
     found = []
     for axis in list_cell_axes(cells):
         models: dict[str, set[str]] = {}
@@ -137,7 +137,7 @@ def list_model_axes(cells: Sequence[Cell]) -> list[str]:
 
 
 def name_panel(axes: Mapping[str, Any], width: int = 26) -> str:
-    """Formats the axis values of a panel, with the names of the axes if they fit.
+    """Format the axis values of a panel, with the names of the axes if they fit.
 
     >>> name_panel({"loss": "full"}), name_panel({"num_train_samples": 60, "model": "gemma"})
     ('loss=full', '60 · gemma')
@@ -153,7 +153,7 @@ _ABSOLUTE: Final = re.compile(r"(?<![\w.:/…~])/(?:[^\s'\"`,;:()<>/]+/)+[^\s'\"
 
 
 def hide_paths(text: str) -> str:
-    """Makes absolute paths relative to the current folder, or keeps only their last name.
+    """Make absolute paths relative to the current folder, or keep only their last name.
 
     >>> hide_paths("model=/home/ann/models/gemma"), hide_paths("https://a.org/b/c")
     ('model=…/gemma', 'https://a.org/b/c')

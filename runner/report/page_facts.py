@@ -58,7 +58,7 @@ _CERTIFICATE_COLUMNS: Final = (
 
 
 def build_certificates(report: Report, chosen: Sequence[AxisEffects]) -> list[PageCertificate]:
-    """Returns a certificate for each two values of an axis, declared contrasts first."""
+    """A certificate for each two values of an axis, declared contrasts first."""
     found: dict[tuple[str, ...], PageCertificate] = {}
     ranked = sorted(chosen, key=lambda one: not any(e.is_confirmatory for e in list_all(one)))
     for effects in ranked:
@@ -121,7 +121,7 @@ _DIFFERENCE_COLUMNS: Final = (
 
 
 def build_differences_table(rows: Sequence[ReportRow]) -> PageTable:
-    """Returns a table of everything that differs between runs: recipe keys, then recorded facts."""
+    """A table of everything that differs between runs: recipe keys, then recorded facts."""
     lines = []
     for name, get in (*_list_recipe_keys(rows), *_list_facts(rows)):
         found = [(get(row), row) for row in rows]
@@ -209,7 +209,7 @@ def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
 
 
 def _find_axes(found: Sequence[tuple[str | None, ReportRow]]) -> list[str]:
-    """Returns the axes for which each value goes with one value of the differing fact."""
+    """The axes for which each value goes with one value of the differing fact."""
     axes = []
     for axis in list_axes(row for _, row in found):
         by_value: dict[str, set[str]] = {}
@@ -222,7 +222,7 @@ def _find_axes(found: Sequence[tuple[str | None, ReportRow]]) -> list[str]:
 
 
 def build_equal_facts(rows: Sequence[ReportRow]) -> list[tuple[str, str]]:
-    """Returns the facts that are equal in all completed runs (versions, commits, hashes), including
+    """The facts that are equal in all completed runs (versions, commits, hashes), including
     those that no run recorded.
     """
     equal = []

@@ -59,7 +59,7 @@ class PageTable:
 def build_table(
     name: str, columns: Sequence[PageColumn], rows: Sequence[tuple[str, Sequence[PageCell]]]
 ) -> PageTable:
-    """Builds a table without its empty columns."""
+    """Build a table without its empty columns."""
     kept = [at for at in range(len(columns)) if any(_says(cells[at]) for _, cells in rows)]
     return PageTable(
         name,
@@ -73,13 +73,13 @@ def _says(cell: PageCell) -> bool:
 
 
 def number(value: float | None, digits: int = 4, *, is_signed: bool = False) -> PageCell:
-    """Returns a number as a cell."""
+    """A number as a cell."""
     sign = "+" if is_signed else ""
     return PageCell("" if value is None else f"{value:{sign}z.{digits}f}", value)
 
 
 def whole(value: int | None) -> PageCell:
-    """Returns a count as a cell."""
+    """A count as a cell."""
     return PageCell("" if value is None else f"{value:,}", value)
 
 
@@ -141,7 +141,7 @@ _EFFECT_COLUMNS: Final = (
 def build_effects_table(
     report: Report, chosen: Sequence[tuple[AxisEffects, Effect]], name: str
 ) -> PageTable:
-    """Returns the table of these effects, with intervals and notes."""
+    """The table of these effects, with intervals and notes."""
     rows = []
     several = len(list_places(report)) > 1
     for effects, effect in chosen:
@@ -151,7 +151,7 @@ def build_effects_table(
 
 
 def _say_metric_once(table: PageTable, chosen: Sequence[tuple[AxisEffects, Effect]]) -> PageTable:
-    """Moves the metric into the caption if the table has only one."""
+    """Move the metric into the caption if the table has only one."""
     metrics = {(effect.metric.title, effect.metric.unit) for _, effect in chosen}
     if len(metrics) != 1:
         return table
@@ -200,7 +200,7 @@ def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCe
 
 
 def _describe_seeds(numbers: Sequence[int]) -> str:
-    """Formats numbers of seeds, such as `3` or `2 to 3`."""
+    """Format numbers of seeds, such as `3` or `2 to 3`."""
     if not numbers:
         return ""
     low, high = min(numbers), max(numbers)
@@ -222,7 +222,7 @@ _VARIANCE_COLUMNS: Final = (
 
 
 def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
-    """Returns the variance parts of each interval, which show if more seeds or rows would help."""
+    """The variance parts of each interval, which show if more seeds or rows would help."""
     rows = []
     for effects in chosen:
         for effect in effects.shown:
@@ -245,7 +245,7 @@ def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
 
 
 def build_runs_table(report: Report) -> PageTable:
-    """Returns one row per run, with the axes as columns."""
+    """One row per run, with the axes as columns."""
     rows = report.rows
     axes = list_axes(rows)
     several = len({row.grid for row in rows}) > 1
@@ -298,7 +298,7 @@ def build_runs_table(report: Report) -> PageTable:
 
 
 def _list_scores(report: Report) -> dict[tuple[int, str], float]:
-    """Returns scores by identity of the run's row and metric name."""
+    """Scores by identity of the run's row and metric name."""
     seed_axes = {
         grid: find_seed_axis([row for row in report.rows if row.grid == grid])
         for grid in {row.grid for row in report.rows}

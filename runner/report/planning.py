@@ -39,7 +39,7 @@ class PoolSpread:
         return math.sqrt(self.variance)
 
     def limit(self, level: float) -> float:
-        """Returns the upper confidence limit of the standard deviation at `level`."""
+        """The upper confidence limit of the standard deviation at `level`."""
         return self.sd * limit_factor(self.nu, level)
 
 
@@ -64,7 +64,7 @@ class Pilot:
         return satterthwaite([(load * pool.variance, pool.nu) for load, pool in self.pools])
 
     def split_variance(self, num_seeds: int) -> tuple[float, float, float]:
-        """Returns the parts of the contrast's variance due to runs (more seeds reduce it), to rows
+        """The parts of the contrast's variance due to runs (more seeds reduce it), to rows
         (more rows reduce it), and to noise (both reduce it).
         """
         noise = min(sum(load * pool.rest for load, pool in self.pools), self.seed_variance)
@@ -79,7 +79,7 @@ class Pilot:
     def detectable_difference(
         self, num_seeds: int, num_rows: int, power: float, factor: float = 1.0
     ) -> float:
-        """Returns the difference that is detected with this power, two-sided at 5%.
+        """The difference that is detected with this power, two-sided at 5%.
 
         `factor` scales the standard deviation over seeds.
         """
@@ -99,7 +99,7 @@ class Pilot:
     def find_seeds(
         self, effect: float, num_rows: int, power: float, factor: float = 1.0
     ) -> int | None:
-        """Returns the fewest seeds, at least `MIN_SEEDS`; None if `MAX_SEEDS` are too few."""
+        """The fewest seeds, at least `MIN_SEEDS`; None if `MAX_SEEDS` are too few."""
         for num_seeds in range(MIN_SEEDS, MAX_SEEDS + 1):
             if self.detectable_difference(num_seeds, num_rows, power, factor) <= effect:
                 return num_seeds
@@ -114,7 +114,7 @@ class Pilot:
 
 
 def limit_factor(nu: float, level: float) -> float:
-    """Returns the ratio of the upper limit at `level` to an estimated standard deviation.
+    """The ratio of the upper limit at `level` to an estimated standard deviation.
 
     >>> round(limit_factor(4, 0.80), 3), round(limit_factor(4, 0.975), 2)
     (1.558, 2.87)
@@ -125,7 +125,7 @@ def limit_factor(nu: float, level: float) -> float:
 def measure_pool(
     name: str, cells: Sequence[CellScores], units: Floats, groups: Ints | None
 ) -> PoolSpread | None:
-    """Returns the seed variance of cells of one pool; None if no cell has two runs."""
+    """The seed variance of cells of one pool; None if no cell has two runs."""
     replicated = [cell for cell in cells if len(cell.sums) > 1]
     if not replicated:
         return None

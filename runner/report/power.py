@@ -94,7 +94,7 @@ class PowerReport:
 def build_power_reports(
     rows: Sequence[ReportRow], effect: float, power: float, metric: str | None = None
 ) -> list[PowerReport]:
-    """Builds one report for each grid and task.
+    """Build one report for each grid and task.
 
     Raises:
         RunnerError: no cell has two completed runs, or no run has the metric.
@@ -133,7 +133,7 @@ class _Planner:
         self.is_grid = len(cells) > 2
 
     def build(self) -> PowerReport:
-        """Returns the plans for the cells of each base model, and for each axis."""
+        """The plans for the cells of each base model, and for each axis."""
         pools = self._measure_pools()
         if not pools:
             raise self._refuse()
@@ -191,7 +191,7 @@ class _Planner:
         return build_metric(name, modes)
 
     def _measure_pools(self) -> dict[str, PoolSpread]:
-        """Returns the seed variance of each base model."""
+        """The seed variance of each base model."""
         by_name: dict[str, list[Aligned]] = {}
         for one in self.aligned:
             by_name.setdefault(one.pool, []).append(one)
@@ -208,7 +208,7 @@ class _Planner:
     def _build_pilots_of_cells(
         self, pools: dict[str, PoolSpread]
     ) -> Iterable[tuple[str, int, Pilot]]:
-        """Yields two cells of each base model, with the mean row variance of all such pairs."""
+        """Yield two cells of each base model, with the mean row variance of all such pairs."""
         for name, pool in pools.items():
             cells = [one for one in self.aligned if one.pool == name]
             pilots = []
@@ -234,7 +234,7 @@ class _Planner:
     def _build_pilots_of_axes(
         self, pools: dict[str, PoolSpread]
     ) -> Iterable[tuple[str, int, Pilot]]:
-        """Yields the mean over all pairs of cells for each axis; if an axis has several pairs of
+        """Yield the mean over all pairs of cells for each axis; if an axis has several pairs of
         values, the one that needs the most seeds.
         """
         rows = [run for cell in self.cells for run in cell.runs]
@@ -275,7 +275,7 @@ class _Planner:
     def _build_pilot(
         self, used: Sequence[Aligned], weights: Sequence[float], pools: dict[str, PoolSpread]
     ) -> list[Pilot]:
-        """Returns a pilot; None if a pool has no seed variance, or if rows or tokens differ."""
+        """A pilot; None if a pool has no seed variance, or if rows or tokens differ."""
         names = [one.pool for one in used]
         if self.contrasts.find_difference(used) or any(name not in pools for name in names):
             return []
@@ -377,7 +377,7 @@ def _share_seeds(cells: Sequence[CellScores]) -> bool:
 
 
 def _find_hours(cells: Iterable[Cell]) -> float | None:
-    """Returns the mean device hours of a run, each cell weighted equally."""
+    """The mean device hours of a run, each cell weighted equally."""
     of_cells = []
     for cell in cells:
         hours = [_measure_hours(run) for run in cell.runs if run.state == "completed"]
@@ -388,7 +388,7 @@ def _find_hours(cells: Iterable[Cell]) -> float | None:
 
 
 def _measure_hours(run: ReportRow) -> float | None:
-    """Returns the clock time of all attempts that trained, times their processes; None if a clock
+    """The clock time of all attempts that trained, times their processes; None if a clock
     was set back.
     """
     if run.run_dir is None:
@@ -402,7 +402,7 @@ def _measure_hours(run: ReportRow) -> float | None:
 
 
 def format_power(report: PowerReport) -> str:
-    """Returns the plan as text, at most 120 columns wide."""
+    """The plan as text, at most 120 columns wide."""
     low, high = report.range_of_seeds
     seeds = f"mostly {format_count(report.num_seeds, 'seed')} each ({low} to {high})"
     if low == high:
@@ -434,7 +434,7 @@ def format_power(report: PowerReport) -> str:
 
 
 def as_json(report: PowerReport) -> dict[str, Any]:
-    """Returns the plan for scripts; `limits` is the 95% interval of a standard deviation."""
+    """The plan for scripts; `limits` is the 95% interval of a standard deviation."""
     content = asdict(report)
     del content["range_of_seeds"]
     content["pools"] = [

@@ -106,7 +106,7 @@ class RowComparison:
         return [int(at) for at in np.argsort(-np.abs(self.differences), kind="stable")]
 
     def list_parts(self) -> list[tuple[str, list[Part]]]:
-        """Returns the rows by length, by base difficulty and, if rows share groups, by group."""
+        """The rows by length, by base difficulty and, if rows share groups, by group."""
         parts = []
         if len(np.unique(self.units)) > 1:
             what = "bytes" if self.metric.name == "bits_per_byte" else "tokens"
@@ -144,7 +144,7 @@ class RowComparison:
 
 
 def build_row_comparisons(report: Report) -> list[RowComparison]:
-    """Returns a comparison for each pair of cells that an effect compares, declared contrasts
+    """A comparison for each pair of cells that an effect compares, declared contrasts
     first, then in the order of the report.
     """
     scores = _CellScores()
@@ -181,7 +181,7 @@ class _CellScores:
         self._known: dict[tuple[int, Model, str], _MeanScores | None] = {}
 
     def find(self, cell: Cell, model: Model, metric: str) -> _MeanScores | None:
-        """Returns the means; None if a run has no per-row scores, or if the rows differ."""
+        """The means; None if a run has no per-row scores, or if the rows differ."""
         key = (id(cell), model, metric)
         if key not in self._known:
             self._known[key] = self._load(cell, model, metric)
@@ -245,7 +245,7 @@ class TextSource:
         self._answers: dict[tuple[int, Model], dict[str, Mapping[str, Any]]] = {}
 
     def find(self, one: RowComparison) -> dict[str, RowTexts]:
-        """Returns row id -> texts for one comparison; answers are of the first run of each cell."""
+        """Row id -> texts for one comparison; answers are of the first run of each cell."""
         texts = dict(self._load_prompts(one.reference_cell.runs[0]))
         answers = {
             "base": self._load_answers(one.reference_cell, "base"),
@@ -280,7 +280,7 @@ class TextSource:
         return self._answers[key]
 
     def _load_prompts(self, run: ReportRow) -> dict[str, RowTexts]:
-        """Returns the prompt and last completion of each test row by row id. An id is a hash of the
+        """The prompt and last completion of each test row by row id. An id is a hash of the
         row's content, so a row with this id is the row that the run was tested on.
         """
         data = run.recipe.data
@@ -292,7 +292,7 @@ class TextSource:
 
 
 def _draw_texts(data: DataSection) -> dict[str, RowTexts]:
-    """Reads texts; none if that needs the project's own code, the network or much time."""
+    """Read texts; none if that needs the project's own code, the network or much time."""
     from runner.data.draw import draw_splits
 
     paths = [Path(source.path) for source in data.sources.values()]
@@ -314,7 +314,7 @@ def _draw_texts(data: DataSection) -> dict[str, RowTexts]:
 
 
 def _measure(path: Path) -> float:
-    """Returns the bytes of a file or of the files in a folder; infinite if it is missing."""
+    """The bytes of a file or of the files in a folder; infinite if it is missing."""
     if path.is_file():
         return path.stat().st_size
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []

@@ -46,7 +46,7 @@ class RowScores:
     units: Mapping[str, Floats]  # metric name -> (rows,)
 
     def score(self, metric: str) -> float | None:
-        """Returns the ratio of sums; None if the denominator is 0."""
+        """The ratio of sums; None if the denominator is 0."""
         total = float(self.units[metric].sum())
         return float(self.sums[metric].sum()) / total if total else None
 
@@ -60,7 +60,7 @@ def read_row_scores(
     total: SplitScore | None = None,
     answers: GenerationScore | None = None,
 ) -> RowScores | str:
-    """Returns the scores of `model`, or a sentence with the reason why there are none.
+    """The scores of `model`, or a sentence with the reason why there are none.
 
     `total` and `answers` are its scores in `result.json`. A metric of answers whose rows do not add
     up to them is left out; if a likelihood does not, the whole file is rejected.
@@ -85,7 +85,7 @@ def read_row_scores(
 
 
 def load_rows(path: Path, model: str) -> list[dict[str, Any]]:
-    """Returns the rows of one model in a JSONL file; none if there is no file.
+    """The rows of one model in a JSONL file; none if there is no file.
 
     Lines without the model's name are not parsed, which saves half of the lines of each run.
 
@@ -119,7 +119,7 @@ def _read_likelihoods(rows: Sequence[Mapping[str, Any]]) -> RowScores:
 
 
 def _intern(texts: Iterable[Any]) -> tuple[str, ...]:
-    """Stores each id once, since the runs of a report share their test rows."""
+    """Store each id once, since the runs of a report share their test rows."""
     return tuple(sys.intern(str(text)) for text in texts)
 
 
@@ -130,7 +130,7 @@ def _read_answers(
     task: Task,
     own_metrics: Sequence[str],
 ) -> tuple[Floats, Floats] | None:
-    """Returns the scores and units of a metric (both 0 for a row that it does not judge); None if
+    """The scores and units of a metric (both 0 for a row that it does not judge); None if
     no row has a score of this name.
     """
     sums, units = np.zeros(len(row_ids)), np.zeros(len(row_ids))
@@ -166,7 +166,7 @@ def _add(scores: RowScores, metric: str, sums: Floats, units: Floats) -> RowScor
 
 
 def _find_fault(scores: RowScores, name: str, total: SplitScore | None) -> str | None:
-    """Returns the reason why the likelihoods of a file cannot be used; None if they can."""
+    """The reason why the likelihoods of a file cannot be used; None if they can."""
     if len(set(scores.row_ids)) < len(scores.row_ids):
         return f"{name} has two scores for one row"
     for metric in LIKELIHOODS:

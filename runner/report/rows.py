@@ -151,12 +151,12 @@ class ReportRow:
         return settings, f"{total.num_completion_tokens} {total.num_tokens}", read
 
     def load_scores(self, model: Model) -> RowScores | None:
-        """Returns the per-row scores of one model; None if there are none (`why_no_scores`)."""
+        """The per-row scores of one model; None if there are none (`why_no_scores`)."""
         found = self._read_scores(model)
         return None if isinstance(found, str) else found
 
     def why_no_scores(self, model: Model) -> str:
-        """Returns the reason why there are no per-row scores; empty if there are."""
+        """The reason why there are no per-row scores; empty if there are."""
         found = self._read_scores(model)
         return found if isinstance(found, str) else ""
 
@@ -184,7 +184,7 @@ class ReportRow:
         )
 
     def load_predictions(self, model: Model) -> list[dict[str, Any]]:
-        """Returns the rows of one model in `predictions.jsonl`, in the order of the split; none if
+        """The rows of one model in `predictions.jsonl`, in the order of the split; none if
         nothing was generated. They contain whole texts and are not cached.
         """
         from runner.report.row_scores import load_rows
@@ -196,7 +196,7 @@ class ReportRow:
         )
 
     def load_curve(self) -> list[dict[str, Any]]:
-        """Returns the rows of `metrics.jsonl`: losses and evaluations by step."""
+        """The rows of `metrics.jsonl`: losses and evaluations by step."""
         return [] if self.run_dir is None else load_jsonl(RunPaths(self.run_dir).metrics_path)
 
     @property
@@ -223,11 +223,11 @@ class ReportRow:
         )
 
     def metric(self, model: Model, name: str) -> float | None:
-        """Returns a metric of a model's answers on the test split; None if there is none."""
+        """A metric of a model's answers on the test split; None if there is none."""
         return self.answers[model].metrics.get(name) if model in self.answers else None
 
     def score(self, unit: LikelihoodUnit) -> float:
-        """Returns the score of the tuned model on the test split; requires `is_scored`."""
+        """The score of the tuned model on the test split; requires `is_scored`."""
         score = (
             self.tuned.bits_per_byte
             if unit == "bits per byte"
@@ -248,7 +248,7 @@ class BaseComparison:
 
 
 def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[ReportRow]:
-    """Returns one row per run, sorted by grid, then by axes: numbers by value, all else in input
+    """One row per run, sorted by grid, then by axes: numbers by value, all else in input
     order. The facts must have been read `with_samples`.
     """
     rows = _name_tasks([_build_row(position, *run) for position, run in enumerate(runs)])
@@ -267,7 +267,7 @@ def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[Repor
 def name_other_base_scores(
     rows: Iterable[ReportRow], found: Sequence[OtherBaseScores]
 ) -> list[ReportRow]:
-    """Returns the rows, each with the warnings about the base scores that its run kept or read."""
+    """The rows, each with the warnings about the base scores that its run kept or read."""
     return [
         replace(
             row,
@@ -280,12 +280,12 @@ def name_other_base_scores(
 
 
 def list_axes(rows: Iterable[ReportRow]) -> list[str]:
-    """Returns every axis that some run has, in the order of the input."""
+    """Every axis that some run has, in the order of the input."""
     return list(dict.fromkeys(axis for row in _in_input_order(rows) for axis in row.axes))
 
 
 def list_values(rows: Iterable[ReportRow], axis: str) -> list[Any]:
-    """Returns the different values of an axis: numbers first, ascending, then all else in the order
+    """The different values of an axis: numbers first, ascending, then all else in the order
     of the input.
     """
     values: dict[str, Any] = {}
@@ -301,7 +301,7 @@ def is_number(value: Any) -> bool:
 
 
 def axis_text(value: Any) -> str:
-    """Formats an axis value for people; never empty, because a blank means that a run lacks the
+    """Format an axis value for people; never empty, because a blank means that a run lacks the
     axis.
 
     >>> [axis_text(value) for value in ("full", 60, True, None, "", ("q", "v"))]
@@ -315,7 +315,7 @@ def axis_text(value: Any) -> str:
 
 
 def list_metrics(rows: Iterable[ReportRow]) -> list[str]:
-    """Returns every metric of answers that some run has, in the order of its task."""
+    """Every metric of answers that some run has, in the order of its task."""
     return list(
         dict.fromkeys(
             name for row in rows for score in row.answers.values() for name in score.metrics
@@ -335,13 +335,13 @@ def require_metrics(names: Iterable[str] | None, rows: Iterable[ReportRow]) -> N
 
 
 def list_smaller_is_better(rows: Iterable[ReportRow]) -> list[str]:
-    """Returns the metrics of answers for which smaller is better."""
+    """The metrics of answers for which smaller is better."""
     modes = {name: mode for row in rows for name, mode in row.recipe.metric_modes.items()}
     return [name for name, mode in modes.items() if mode == "min"]
 
 
 def join_numbers(numbers: Sequence[int]) -> str | None:
-    """Formats the numbers of a run's attempts; None if there are none.
+    """Format the numbers of a run's attempts; None if there are none.
 
     >>> join_numbers((8,)), join_numbers((1, 2)), join_numbers(())
     ('8', '1 then 2', None)
@@ -350,7 +350,7 @@ def join_numbers(numbers: Sequence[int]) -> str | None:
 
 
 def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
-    """Compares each completed run with its step 0."""
+    """Compare each completed run with its step 0."""
     completed = [row for row in rows if row.state == "completed"]
     changes = [(row.name, row.change) for row in completed]
     return BaseComparison(
@@ -362,7 +362,7 @@ def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
 
 
 def group_by_test_rows(rows: Iterable[ReportRow]) -> dict[str | None, list[ReportRow]]:
-    """Groups completed runs by the hash of their test rows; None if it was not recorded. Runs with
+    """Group completed runs by the hash of their test rows; None if it was not recorded. Runs with
     different hashes are not comparable.
     """
     groups: dict[str | None, list[ReportRow]] = {}
@@ -373,7 +373,7 @@ def group_by_test_rows(rows: Iterable[ReportRow]) -> dict[str | None, list[Repor
 
 
 def group_by_rules(rows: Iterable[ReportRow]) -> dict[int, list[ReportRow]]:
-    """Groups completed runs by the rules for their rows and masks, ascending. Runs with different
+    """Group completed runs by the rules for their rows and masks, ascending. Runs with different
     rules are not comparable.
     """
     groups: dict[int, list[ReportRow]] = {}
@@ -388,7 +388,7 @@ def _in_input_order(rows: Iterable[ReportRow]) -> list[ReportRow]:
 
 
 def axis_key(value: Any) -> str:
-    """Returns equal keys for equal values: 1 and 1.0 are one value; 1, "1" and true are three."""
+    """Equal keys for equal values: 1 and 1.0 are one value; 1, "1" and true are three."""
     is_whole = isinstance(value, float) and value.is_integer()
     return json.dumps(int(value) if is_whole else thaw(value), sort_keys=True)
 
@@ -439,7 +439,7 @@ def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus
 
 
 def _name_tasks(rows: list[ReportRow]) -> list[ReportRow]:
-    """Returns the rows; adds the source to a task that has several sources of test rows."""
+    """The rows, with the source added to each task that has several sources of test rows."""
     sources = [_name_test_source(row) for row in rows]
     known: dict[str, set[str]] = {}
     for row, source in zip(rows, sources, strict=True):
@@ -460,7 +460,7 @@ def _name_test_source(row: ReportRow) -> str:
 
 
 def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Returns versions and the runner's source from the attempts that may have trained."""
+    """Versions and the runner's source from the attempts that may have trained."""
     trained = [
         attempt
         for attempt in list_trained(attempts)
@@ -483,7 +483,7 @@ def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def _list_changes(values: Iterable[int]) -> tuple[int, ...]:
-    """Returns the values in order, without those equal to the previous one."""
+    """The values in order, without those equal to the previous one."""
     return tuple(value for value, _ in groupby(values))
 
 
@@ -504,7 +504,7 @@ def _leave_out_none(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _find_split_hashes(samples: Any) -> dict[str, dict[str, str]]:
-    """Returns the hashes and counts of each split in `samples.json`."""
+    """The hashes and counts of each split in `samples.json`."""
     splits = samples.get("splits") if isinstance(samples, Mapping) else None
     if not isinstance(splits, Mapping):
         return {}
@@ -520,7 +520,7 @@ def _find_split_hashes(samples: Any) -> dict[str, dict[str, str]]:
 
 
 def _key_metrics(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str]:
-    """Returns a key for the code of each metric: the task, or a function by its files' content."""
+    """A key for the code of each metric: the task, or a function by its files' content."""
     keys = dict.fromkeys(recipe.data.task.METRICS, f"the task {recipe.data.task.name}")
     for metric in recipe.evaluation.metrics:
         hashes = [contents.get(path) for path in metric.list_files().values()]

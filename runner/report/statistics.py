@@ -103,7 +103,7 @@ def interval(
     level: float = 0.95,
     statement: Statement = "seeds and rows",
 ) -> Interval:
-    """Returns the interval of sum_c weights[c] * (mean score of the runs of cell c).
+    """The interval of sum_c weights[c] * (mean score of the runs of cell c).
 
     Cells of weight 0 contribute only to the seed variance of their pool. `tokens` (rows,) are the
     units that each row's sum was taken over, 1 for a metric. `groups` (rows,) numbers rows that
@@ -160,7 +160,7 @@ def contrast(
     level: float = 0.95,
     statement: Statement = "seeds and rows",
 ) -> Interval:
-    """Returns the interval by the design that suits the cells; `design` and `note` describe it.
+    """The interval by the design that suits the cells; `design` and `note` describe it.
 
     See `choose_design` for `is_grid` and `is_same_start`. In a grid with 2 to 4 shared seeds, it is
     the wider of the pooled and the per-seed interval if seeds seem to have a common effect on
@@ -192,7 +192,7 @@ def choose_design(
     is_grid: bool,
     is_same_start: bool,
 ) -> Design:
-    """Chooses the treatment of the seeds of a contrast, without using scores.
+    """Choose the treatment of the seeds of a contrast, without using scores.
 
     `is_grid`: the cells of the contrast are part of a larger grid. `is_same_start`: in all cells of
     the contrast, runs of one seed started from the same initial weights and used the same row
@@ -208,7 +208,7 @@ def choose_design(
 
 
 def paired_cell(reference: Floats, compared: Floats, *, pool: str = "paired") -> CellScores:
-    """Returns one cell of the differences by seed, compared minus reference; its weight is 1.
+    """One cell of the differences by seed, compared minus reference; its weight is 1.
 
     Both are (seeds, rows), with the same seeds in the same order.
     """
@@ -220,7 +220,7 @@ def paired_cell(reference: Floats, compared: Floats, *, pool: str = "paired") ->
 
 
 def per_seed_cell(cells: Sequence[CellScores], weights: Sequence[float]) -> CellScores:
-    """Returns one cell with the contrast of each seed that all weighted cells share; weight 1."""
+    """One cell with the contrast of each seed that all weighted cells share; weight 1."""
     shared = _list_shared_seeds(cells, weights)
     sums = sum(
         weight * cell.sums[[cell.seeds.index(seed) for seed in shared]]
@@ -245,7 +245,7 @@ def interaction_test(
     tokens: Floats,
     groups: Ints | None = None,
 ) -> InteractionTest | None:
-    """Tests if the simple effects differ, given one row of weights per level of the other axis.
+    """Test if the simple effects differ, given one row of weights per level of the other axis.
 
     None if a used pool has no replication, or if nothing varies.
     """
@@ -272,7 +272,7 @@ def interaction_test(
 
 
 def simple_level(num_levels: int, level: float = 0.95) -> float:
-    """Returns the level of each simple effect at which all of them hold jointly at `level`.
+    """The level of each simple effect at which all of them hold jointly at `level`.
 
     >>> simple_level(2), simple_level(1)
     (0.975, 0.95)
@@ -281,7 +281,7 @@ def simple_level(num_levels: int, level: float = 0.95) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns Holm's adjusted p values; below 0.05, at most 5% of families have a false positive.
+    """Holm's adjusted p values; below 0.05, at most 5% of families have a false positive.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -294,7 +294,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Returns adjusted p values; of those below 0.05, at most 5% are false on average.
+    """Adjusted p values; of those below 0.05, at most 5% are false on average.
 
     >>> benjamini_hochberg([0.01, 0.04, 0.03])
     [0.03, 0.04, 0.04]
@@ -328,7 +328,7 @@ def noise_floor(
     *,
     level: float = 0.95,
 ) -> float | None:
-    """Returns the difference that two single runs of one recipe stay below, from runs of one pool.
+    """The difference that two single runs of one recipe stay below, from runs of one pool.
 
     The row variance is the mean over all pairs of runs in a cell. None if no cell has two runs, or
     if nothing varies.
@@ -351,7 +351,7 @@ def compare_single_runs(
     *,
     level: float = 0.95,
 ) -> Interval:
-    """Returns the interval of the difference of two runs (rows,), compared minus reference.
+    """The interval of the difference of two runs (rows,), compared minus reference.
 
     The seed variance is from `cells`, the replicated pool of both runs.
     """
@@ -378,7 +378,7 @@ def compare_single_runs(
 
 
 def mcnemar(reference: Floats, compared: Floats) -> float:
-    """Returns the exact p of two models' scores of 0 and 1 on the same rows (rows,).
+    """The exact p of two models' scores of 0 and 1 on the same rows (rows,).
 
     >>> mcnemar(np.array([0.0, 0, 0, 0, 0, 1]), np.array([1.0, 1, 1, 1, 1, 1]))
     0.0625
@@ -389,7 +389,7 @@ def mcnemar(reference: Floats, compared: Floats) -> float:
 
 
 def _choose_statement(statement: Statement, parts: Parts) -> tuple[Statement, list[str]]:
-    """Returns the statement that these seeds and rows allow, with the reason if it is reduced."""
+    """The statement that these seeds and rows allow, with the reason if it is reduced."""
     if parts.df_seed is None:
         statement = "rows"
     if parts.num_groups > 1 or statement == "seeds":
@@ -428,7 +428,7 @@ def _interval_per_seed(
 
 
 def _choose_wider(pooled: Interval, per_seed: Interval) -> Interval:
-    """Returns the wider interval if seeds seem to have a common effect, else the pooled one."""
+    """The wider interval if seeds seem to have a common effect, else the pooled one."""
     assert pooled.df_seed is not None and per_seed.df_seed is not None
     if per_seed.v_seed == 0:
         return pooled
@@ -455,7 +455,7 @@ def _apply_mcnemar(
     tokens: Floats,
     groups: Ints | None,
 ) -> Interval:
-    """Returns the interval, with McNemar's p for two single runs with 0/1 scores and no groups."""
+    """The interval, with McNemar's p for two single runs with 0/1 scores and no groups."""
     used = [(weight, cell.sums) for weight, cell in zip(weights, cells, strict=True) if weight != 0]
     is_pair = sorted(weight for weight, _ in used) == [-1, 1] and found.num_seeds == (1, 1)
     has_groups = groups is not None and len(np.unique(groups)) < len(groups)
@@ -481,7 +481,7 @@ def _describe_pools(cells: Sequence[CellScores], weights: Sequence[float], desig
 def _list_shared_seeds(
     cells: Sequence[CellScores], weights: Sequence[float]
 ) -> tuple[Hashable, ...]:
-    """Returns the seeds that all weighted cells share, in the order of the first cell."""
+    """The seeds that all weighted cells share, in the order of the first cell."""
     lists = [cell.seeds for cell, weight in zip(cells, weights, strict=True) if weight != 0]
     if any(len(set(seeds)) < len(seeds) for seeds in lists):
         raise ValueError(f"a cell has two runs of one seed: {lists}")
@@ -489,7 +489,7 @@ def _list_shared_seeds(
 
 
 def _orthonormal_contrasts(count: int) -> Floats:
-    """Returns Helmert's contrasts (count - 1, count): orthogonal rows of length 1 that sum to 0."""
+    """Helmert's contrasts (count - 1, count): orthogonal rows of length 1 that sum to 0."""
     rows = np.zeros((count - 1, count))
     for index in range(1, count):
         rows[index - 1, :index] = 1.0
@@ -501,7 +501,7 @@ def _orthonormal_contrasts(count: int) -> Floats:
 def _single_run_errors(
     cells: Sequence[CellScores], tokens: Floats, groups: Ints | None, v_row: float
 ) -> Errors:
-    """Returns the errors of the difference of two single runs of the pool `cells`."""
+    """The errors of the difference of two single runs of the pool `cells`."""
     pools = {cell.pool for cell in cells}
     if len(pools) != 1:
         raise ValueError(f"single runs are compared within one pool, got {sorted(pools)}")

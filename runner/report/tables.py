@@ -59,7 +59,7 @@ MAX_TEX_CELL: Final = 200  # characters of a text from data
 
 
 def format_csv(report: Report) -> str:
-    """Returns one line per run. Axes are headed `axes.NAME`, so an axis called `state` does not
+    """One line per run. Axes are headed `axes.NAME`, so an axis called `state` does not
     collide with the state.
     """
     lines = list_rows(report)
@@ -115,7 +115,7 @@ def _list_keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _write_cell(value: Any) -> str:
-    """Writes a cell that neither a spreadsheet nor a terminal executes.
+    """Write a cell that neither a spreadsheet nor a terminal executes.
 
     >>> _write_cell("=cmd"), _write_cell("-0.5"), _write_cell(-0.5), _write_cell(None)
     ("'=cmd", '-0.5', '-0.5', '')
@@ -138,7 +138,7 @@ def _is_number(text: str) -> bool:
 
 
 def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
-    """Returns everything measured about a run, flat; fields on answers only if some run has
+    """Everything measured about a run, flat; fields on answers only if some run has
     `metrics`.
     """
     fields = {
@@ -183,7 +183,7 @@ def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def format_json(report: Report) -> str:
-    """Returns the whole report, except for per-row scores."""
+    """The whole report, except for per-row scores."""
     metrics = list_metrics(report.rows)
     text = dump_json(
         {
@@ -207,12 +207,12 @@ def format_json(report: Report) -> str:
 
 
 def escape_json_controls(text: str) -> str:
-    """Returns the same JSON with terminal controls escaped; only its texts can contain any."""
+    """The same JSON with terminal controls escaped; only its texts can contain any."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def dump_effects(cells: Sequence[Cell], effects: Sequence[AxisEffects]) -> dict[str, Any]:
-    """Returns effects and their cells as in the JSON of a report."""
+    """Effects and their cells as in the JSON of a report."""
     at = {_key_cell(cell): number for number, cell in enumerate(cells)}
     return {
         "effects": [_dump_axis(one, at) for one in effects],
@@ -244,7 +244,7 @@ def _dump_row(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _dump_declared(contrasts: Iterable[Any] | None) -> list[dict[str, Any]] | None:
-    """Returns declared contrasts as in a recipe; null if no attempt recorded a recipe."""
+    """Declared contrasts as in a recipe; null if no attempt recorded a recipe."""
     if contrasts is None:
         return None
     return [
@@ -393,7 +393,7 @@ _NUMBERS: Final = (
 
 
 def dump_interval(interval: Interval | None) -> dict[str, Any]:
-    """Returns all fields of an interval; null if there is none."""
+    """All fields of an interval; null if there is none."""
     bounds = None
     if interval is not None and interval.bounds is not None:
         bounds = [finite(end) for end in interval.bounds]
@@ -414,7 +414,7 @@ def dump_interval(interval: Interval | None) -> dict[str, Any]:
 def _dump_pair(
     reference: Cell, compared: Cell, metric: str, at: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Returns the two cells by their number in `cells`, and the difference for each shared seed."""
+    """The two cells by their number in `cells`, and the difference for each shared seed."""
     first, second = reference.scores.get(metric, {}), compared.scores.get(metric, {})
     difference = None
     if first and second:
@@ -432,13 +432,13 @@ def _dump_pair(
 
 
 def format_tex(report: Report) -> str:
-    """Returns booktabs tables for a paper: effects by metric, then cells, with notes on refusals,
+    """Booktabs tables for a paper: effects by metric, then cells, with notes on refusals,
     flags and warnings.
     """
     parts = ["% Tables of `runner report`; needs \\usepackage{booktabs}"]
     for metric in report.metrics:
         of_metric = [one for one in report.effects if one.metric.name == metric.name]
-        if any(_list_told(one) for one in of_metric):
+        if any(_list_reported(one) for one in of_metric):
             parts.append(_draw_effects_tex(metric, of_metric, list_constant_axes(report.rows)))
     if report.cells:
         parts.append(_draw_cells_tex(report))
@@ -456,7 +456,7 @@ def _draw_effects_tex(
         sides = f"{axis_text(effects.reference)} to {axis_text(effects.compared)}"
         flags = list_flags(effects.shown, constant)
         notes += [f"{effects.axis}, {sides}: {flag}" for flag in flags]
-        for effect in _list_told(effects):
+        for effect in _list_reported(effects):
             names = (effect.axis, sides, name_scope(effect, constant))
             lines.append([*map(escape_tex, names), *_write_effect_tex(effect)])
             notes += [f"{', '.join(names)}: refused: {reason}" for reason in effect.refused]
@@ -473,8 +473,8 @@ def _draw_effects_tex(
     return f"{table}\n{_draw_notes_tex(dict.fromkeys(notes))}" if notes else table
 
 
-def _list_told(effects: AxisEffects) -> list[Effect]:
-    """Returns effects with a number or a refusal, without those of single runs."""
+def _list_reported(effects: AxisEffects) -> list[Effect]:
+    """Effects with a number or a refusal, without those of single runs."""
     numbers = list_numbers(effects)
     return [one for one in effects.shown if one.refused or one in numbers]
 
@@ -531,7 +531,7 @@ def _draw_cells_tex(report: Report) -> str:
 def _draw_table_tex(
     caption: str, columns: str, header: Sequence[str], lines: Iterable[Sequence[str]]
 ) -> str:
-    """Draws a table whose cells are already TeX; only the caption is escaped here."""
+    """Draw a table whose cells are already TeX; only the caption is escaped here."""
     rows = [" & ".join(cells) + r" \\" for cells in lines]
     return "\n".join(
         [
@@ -556,7 +556,7 @@ def _draw_notes_tex(notes: Iterable[str]) -> str:
 
 
 def _math(text: str) -> str:
-    """Formats our own numbers in math mode, with TeX's minus and plus-minus."""
+    """Format our own numbers in math mode, with TeX's minus and plus-minus."""
     return f"${text.replace('±', chr(92) + 'pm')}$" if text else ""
 
 
@@ -584,7 +584,7 @@ _TEX: Final[Mapping[str, str]] = {
 
 
 def escape_tex(text: str, most: int = MAX_TEX_CELL) -> str:
-    r"""Escapes a text so that TeX prints it literally; an overlong text is cut in the middle.
+    r"""Escape a text so that TeX prints it literally; an overlong text is cut in the middle.
 
     >>> print(escape_tex(r"\input{a_b}"))
     \textbackslash{}input\{a\_b\}

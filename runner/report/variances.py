@@ -90,7 +90,7 @@ class Errors:
     df_row: float
 
     def half_width(self, alpha: float) -> float:
-        """Returns the half-width of the interval at level 1 - alpha; larger for smaller alpha."""
+        """The half-width of the interval at level 1 - alpha; larger for smaller alpha."""
         t_row = -float(stdtrit(self.df_row, alpha / 2))
         half = t_row * math.sqrt(self.v_row)
         both = self.v_seed + self.v_common
@@ -101,7 +101,7 @@ class Errors:
         return half
 
     def find_p(self, estimate: float) -> float:
-        """Returns the alpha whose interval just reaches 0."""
+        """The alpha whose interval just reaches 0."""
         if estimate == 0:
             return 1.0
         size = math.log(abs(estimate))
@@ -124,7 +124,7 @@ def measure(
     tokens: Floats,
     groups: Ints | None,
 ) -> Parts:
-    """Returns the estimate of sum_c weights[c] * (mean score of cell c) and its variances.
+    """The estimate of sum_c weights[c] * (mean score of cell c) and its variances.
 
     Raises:
         NotComparableError: cells were scored on other rows or tokens, or a weighted one is empty.
@@ -175,7 +175,7 @@ def measure(
 
 
 def describe_other_spread(used: Sequence[CellScores], others: Sequence[CellScores]) -> str:
-    """Returns a warning if the seed variance of a contrast's cells differs from the rest of their
+    """A warning if the seed variance of a contrast's cells differs from the rest of their
     pools (two-sided F test at 1%); empty if it does not, or if there are no other cells.
     """
     nus = [sum(len(cell.sums) - 1 for cell in cells if len(cell.sums)) for cells in (used, others)]
@@ -195,7 +195,7 @@ def describe_other_spread(used: Sequence[CellScores], others: Sequence[CellScore
 
 
 def check_comparable(cells: Sequence[CellScores], weights: Sequence[float], tokens: Floats) -> None:
-    """Refuses scores on other rows or tokens than those of the comparison.
+    """Refuse scores on other rows or tokens than those of the comparison.
 
     Raises:
         NotComparableError: with the cell and the difference.
@@ -228,14 +228,14 @@ class _Groups:
             self._starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
     def sum(self, values: Floats) -> Floats:
-        """Sums (..., rows) to (..., groups)."""
+        """Sum (..., rows) to (..., groups)."""
         if self._order is None:
             return values
         return np.add.reduceat(values[..., self._order], self._starts, axis=-1)
 
 
 def _leave_one_out_variance(sums: Floats, tokens: Floats) -> float:
-    """Returns the jackknife variance of a ratio of sums, leaving out one group at a time."""
+    """The jackknife variance of a ratio of sums, leaving out one group at a time."""
     count = len(sums)
     if count < 2:
         return 0.0
@@ -245,7 +245,7 @@ def _leave_one_out_variance(sums: Floats, tokens: Floats) -> float:
 
 
 def satterthwaite(pools: Sequence[tuple[float, int]]) -> float:
-    """Returns the degrees of freedom of a sum of variances, from those of each; at least 1.
+    """The degrees of freedom of a sum of variances, from those of each; at least 1.
 
     >>> satterthwaite([(1.0, 2), (1.0, 2)]), satterthwaite([(1.0, 2), (0.0, 2)])
     (4.0, 2.0)

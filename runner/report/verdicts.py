@@ -17,12 +17,12 @@ from runner.report.wording import name_some
 
 _ALPHA: Final = 0.05  # the same as in `Effect.is_clear`
 _MAX_LEVELS: Final = 6  # of another axis, with a sentence each
-_MAX_TOLD: Final = 8  # exploratory contrasts with all their numbers
+_MAX_DESCRIBED: Final = 8  # exploratory contrasts with all their numbers
 _MAX_NAMED: Final = 8
 
 
 def write_verdicts(report: Report) -> list[str]:
-    """Returns the sentences, declared contrasts first."""
+    """The sentences, declared contrasts first."""
     if not any(cell.scores for cell in report.cells):
         if any(row.is_scored for row in report.rows):
             reasons = [reason for cell in report.cells for reason in cell.missing]
@@ -41,9 +41,9 @@ def write_verdicts(report: Report) -> list[str]:
     writer = _Writer(with_grid=len({grid for grid, _ in places}) > 1, with_task=len(places) > 1)
     declared = [one for one in report.effects if one.is_declared]
     others = [one for one in report.effects if not one.is_declared]
-    sentences = [text for one in declared for text in writer.tell_all(one)]
-    sentences += writer.tell_others(others)
-    sentences += _tell_single_seeds(report)
+    sentences = [text for one in declared for text in writer.describe_all(one)]
+    sentences += writer.describe_others(others)
+    sentences += _describe_single_seeds(report)
     return list(dict.fromkeys(sentences))
 
 
@@ -51,8 +51,8 @@ class _Writer:
     def __init__(self, *, with_grid: bool, with_task: bool) -> None:
         self._with_grid, self._with_task = with_grid, with_task
 
-    def tell_all(self, one: AxisEffects) -> list[str]:
-        """Returns the sentences of a contrast, with every number that answers it."""
+    def describe_all(self, one: AxisEffects) -> list[str]:
+        """The sentences of a contrast, with every number that answers it."""
         name = self._name(one)
         if not one.main:
             declared = "declared, " if one.is_declared else ""
@@ -68,25 +68,25 @@ class _Writer:
         flags = dict.fromkeys(flag for effect in one.main for flag in effect.flags)
         return sentences + [f"{flag}." for flag in flags if questions_the_axis(flag)]
 
-    def tell_others(self, effects: Sequence[AxisEffects]) -> list[str]:
-        """Returns sentences on exploratory contrasts; those that are unclear are only named."""
+    def describe_others(self, effects: Sequence[AxisEffects]) -> list[str]:
+        """Sentences on exploratory contrasts; those that are unclear are only named."""
         clear, unclear = [], []
         refused: dict[str, list[str]] = {}
         for one in effects:
             with_seeds = [effect for effect in one.main if effect.is_of_seeds]
-            is_told = any(
+            is_described = any(
                 effect.is_clear or (effect.interval and effect.interval.kind == "identical")
                 for effect in with_seeds
             )
-            if one.depends_on or is_told or any(effect.depends_on for effect in one.main):
+            if one.depends_on or is_described or any(effect.depends_on for effect in one.main):
                 clear.append(one)
             elif with_seeds:
                 unclear.append(self._name_values(one))
             elif reasons := _list_reasons(one):
                 values = f"{self._name(one)} ({_describe_values(one)})"
                 refused.setdefault(reasons[0], []).append(values)
-        sentences = [text for one in clear[:_MAX_TOLD] for text in self.tell_all(one)]
-        if more := [self._name_values(one) for one in clear[_MAX_TOLD:]]:
+        sentences = [text for one in clear[:_MAX_DESCRIBED] for text in self.describe_all(one)]
+        if more := [self._name_values(one) for one in clear[_MAX_DESCRIBED:]]:
             sentences.append(
                 f"Also clear, or dependent on another axis (effects table): {_name_some(more)}."
             )
@@ -109,7 +109,7 @@ class _Writer:
 
 
 def _list_reasons(one: AxisEffects) -> list[str]:
-    """Returns the reasons for a missing estimate: incomparable runs, or cells without a pair."""
+    """The reasons for a missing estimate: incomparable runs, or cells without a pair."""
     if not one.main:
         return [_name_some(one.unpaired)]
     return [reason for effect in one.main for reason in effect.refused]
@@ -131,7 +131,7 @@ def _describe_dependence(one: AxisEffects) -> str:
 
 
 def _describe(effect: Effect) -> str:
-    """Describes an effect without the name of its axis and without a full stop."""
+    """Describe an effect without the name of its axis and without a full stop."""
     first, second = axis_text(effect.reference), axis_text(effect.compared)
     place = f" at {describe_at(effect.at)}" if effect.at else ""
     interval = effect.interval
@@ -159,31 +159,33 @@ def _describe(effect: Effect) -> str:
     details = f"{bounds}, {_describe_runs(effect)}, {_describe_p(effect)}"
     mean = f", mean over {len(effect.pairs)} pairs of cells" if len(effect.pairs) > 1 else ""
     if effect.is_clear:
-        told = f"{better} is better than {worse} by {size}{place}{mean} ({details})"
+        sentence = f"{better} is better than {worse} by {size}{place}{mean} ({details})"
         if effect.is_below_noise and effect.noise_floor is not None:
-            told += (
+            sentence += (
                 "; this is below the noise floor: two single runs of one recipe differ by less than"
                 f" {effect.noise_floor:.{digits}f} in 95% of cases"
             )
     else:
-        told = (
+        sentence = (
             f"no clear difference between {first} and {second}{place}{mean}: the estimate favors"
             f" {better} by {size} ({details}){_explain_unclear(effect)};"
             " this does not show that they are equal"
         )
     if effect.depends_on:
-        told += f"; it is a mean over {' and '.join(effect.depends_on)}, on which it also depends"
+        sentence += (
+            f"; it is a mean over {' and '.join(effect.depends_on)}, on which it also depends"
+        )
     if effect.equivalence is not None:
-        told = _add_margin(told, effect, effect.equivalence, digits)
+        sentence = _add_margin(sentence, effect, effect.equivalence, digits)
     if interval.note:
-        told += f"; {interval.note}"
+        sentence += f"; {interval.note}"
     if interval.has_few_groups:
-        told += f"; few groups of rows ({interval.num_groups})"
-    return told
+        sentence += f"; few groups of rows ({interval.num_groups})"
+    return sentence
 
 
 def _explain_unclear(effect: Effect) -> str:
-    """Explains an unclear effect whose interval and p disagree; empty if they agree."""
+    """Explain an unclear effect whose interval and p disagree; empty if they agree."""
     interval = effect.interval
     if interval is None or interval.bounds is None or effect.p_adjusted is None:
         return ""
@@ -206,25 +208,26 @@ def _explain_unclear(effect: Effect) -> str:
     return ""
 
 
-def _add_margin(told: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:
-    """Returns the sentence on an effect, extended by the result for the declared margin."""
+def _add_margin(sentence: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:
+    """The sentence on an effect, extended by the result for the declared margin."""
     interval = effect.interval
     assert interval is not None and interval.half_width is not None
     margin = f"{equivalence.margin:g}"
     if effect.is_clear and abs(interval.estimate) - interval.half_width > equivalence.margin:
-        return f"{told}; this exceeds the declared margin of {margin}"
+        return f"{sentence}; this exceeds the declared margin of {margin}"
     low, high = equivalence.interval
     if interval.estimate < 0:  # like the size above: by how much the better value is better
         low, high = -high, -low
     level = f"{equivalence.level * 100:.4g}%"
     ends = f"{level} interval of the difference {low:.{digits}f} to {high:.{digits}f}"
     if equivalence.is_shown:
-        told = told.removesuffix("; this does not show that they are equal")
+        sentence = sentence.removesuffix("; this does not show that they are equal")
         unit = effect.metric.unit
         return (
-            f"{told}; the two are equivalent within the declared margin of {margin} {unit} ({ends})"
+            f"{sentence}; the two are equivalent within the declared margin of {margin} {unit}"
+            f" ({ends})"
         )
-    return f"{told}; equivalence within {margin} is not shown ({ends})"
+    return f"{sentence}; equivalence within {margin} is not shown ({ends})"
 
 
 def _describe_unit(effect: Effect) -> str:
@@ -232,7 +235,7 @@ def _describe_unit(effect: Effect) -> str:
 
 
 def _describe_runs(effect: Effect) -> str:
-    """Returns `3 seeds x 100 test rows`, or only the seeds if the rows are fixed."""
+    """`3 seeds x 100 test rows`, or only the seeds if the rows are fixed."""
     interval = effect.interval
     assert interval is not None
     counts = sorted(set(interval.num_seeds))
@@ -256,7 +259,7 @@ def _describe_p(effect: Effect) -> str:
 
 
 def _format_p(p: float) -> str:
-    """Formats a p value for a sentence.
+    """Format a p value for a sentence.
 
     >>> _format_p(0.0004), _format_p(0.0312)
     ('p < 0.001', 'p = 0.031')
@@ -265,7 +268,7 @@ def _format_p(p: float) -> str:
 
 
 def _choose_digits(half_width: float) -> int:
-    """Returns the decimals that show at least two digits of the half-width of an interval.
+    """The decimals that show at least two digits of the half-width of an interval.
 
     >>> _choose_digits(0.031), _choose_digits(0.0004), _choose_digits(2.5)
     (3, 5, 3)
@@ -276,8 +279,8 @@ def _choose_digits(half_width: float) -> int:
     return digits
 
 
-def _tell_single_seeds(report: Report) -> list[str]:
-    """Returns a sentence for each grid whose seeds are too few for a verdict."""
+def _describe_single_seeds(report: Report) -> list[str]:
+    """A sentence for each grid whose seeds are too few for a verdict."""
     sentences = []
     for grid in dict.fromkeys(one.grid for one in report.effects):
         rows_only = [

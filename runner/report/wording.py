@@ -142,7 +142,7 @@ METHOD: Final[Mapping[str, str]] = {
 
 
 def make_safe(text: str, most: int = MAX_SENTENCE) -> str:
-    """Returns a text on one line without terminal controls; a text of over `most` characters is cut
+    """A text on one line without terminal controls; a text of over `most` characters is cut
     in the middle.
 
     >>> make_safe("a\\nb\\x1b[2J"), make_safe("abcdefgh", 5)
@@ -155,12 +155,12 @@ def make_safe(text: str, most: int = MAX_SENTENCE) -> str:
 
 
 def decimal(value: float | None) -> str:
-    """Formats a score to four digits; blank if there is none."""
+    """Format a score to four digits; blank if there is none."""
     return "" if value is None else f"{value:.4f}"
 
 
 def signed(value: float | None) -> str:
-    """Formats a difference to four digits, with its sign.
+    """Format a difference to four digits, with its sign.
 
     >>> signed(-0.00001), signed(0.25), signed(None)
     ('+0.0000', '+0.2500', '')
@@ -169,12 +169,12 @@ def signed(value: float | None) -> str:
 
 
 def span(interval: tuple[float, float] | None) -> str:
-    """Formats an interval as `low to high`."""
+    """Format an interval as `low to high`."""
     return "" if interval is None else f"{signed(interval[0])} to {signed(interval[1])}"
 
 
 def probability(p: float | None) -> str:
-    """Formats a p value to four digits.
+    """Format a p value to four digits.
 
     >>> probability(0.01234), probability(1e-9), probability(1.0), probability(None)
     ('0.0123', '<0.0001', '1.0000', '')
@@ -185,7 +185,7 @@ def probability(p: float | None) -> str:
 
 
 def spread(values: Iterable[float | None], *, is_signed: bool = False) -> str:
-    """Formats the mean ± standard deviation over the seeds; for one seed, only the score.
+    """Format the mean ± standard deviation over the seeds; for one seed, only the score.
 
     >>> spread([1.0, 2.0, None]), spread([1.0]), spread([None])
     ('1.5000 ± 0.7071', '1.0000', '')
@@ -198,13 +198,13 @@ def spread(values: Iterable[float | None], *, is_signed: bool = False) -> str:
 
 
 def constant_or_spread(values: Iterable[float | None]) -> str:
-    """Formats the one value of all seeds, such as a base score; `spread` if they differ."""
+    """Format the one value of all seeds, such as a base score; `spread` if they differ."""
     known = [value for value in values if value is not None]
     return decimal(known[0]) if len(set(known)) == 1 else spread(known)
 
 
 def level_text(level: float) -> str:
-    """Formats a level in percent.
+    """Format a level in percent.
 
     >>> level_text(0.95), level_text(0.975), level_text(1 - 0.05 / 3)
     ('95%', '97.5%', '98.33%')
@@ -213,26 +213,26 @@ def level_text(level: float) -> str:
 
 
 def name_some(names: Iterable[str], separator: str = ", ", most: int = MAX_NAMED) -> str:
-    """Joins the first names, followed by the number of names left out."""
+    """Join the first names, followed by the number of names left out."""
     listed = list(names)
     more = [f"and {len(listed) - most:,} more"] if len(listed) > most else []
     return separator.join(listed[:most] + more)
 
 
 def count_states(rows: Sequence[ReportRow]) -> str:
-    """Returns the number of runs, in total and in each state."""
+    """The number of runs, in total and in each state."""
     counts = Counter(row.state for row in rows)
     states = ", ".join(f"{counts[state]:,} {state}" for state in get_args(State) if counts[state])
     return f"{format_count(len(rows), 'run')}, {states}" if rows else "no runs"
 
 
 def name_cell(axes: Mapping[str, object]) -> str:
-    """Formats the axis values of a cell or an effect; blank: all."""
+    """Format the axis values of a cell or an effect; blank: all."""
     return ", ".join(f"{axis}={axis_text(value)}" for axis, value in axes.items())
 
 
 def name_scope(effect: Effect, constant: Collection[str] = ()) -> str:
-    """Describes the cells of an effect; axes that are `constant` in the report are left out."""
+    """Describe the cells of an effect; axes that are `constant` in the report are left out."""
     at = {axis: value for axis, value in effect.at.items() if axis not in constant}
     if not at:
         return (
@@ -242,7 +242,7 @@ def name_scope(effect: Effect, constant: Collection[str] = ()) -> str:
 
 
 def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
-    """Returns the axes on which all runs have the same value."""
+    """The axes on which all runs have the same value."""
     rows = list(rows)
     return {
         axis
@@ -252,7 +252,7 @@ def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
 
 
 def list_numbers(effects: AxisEffects, *, with_single: bool = False) -> list[Effect]:
-    """Returns the effects whose numbers a report shows.
+    """The effects whose numbers a report shows.
 
     Effects of single runs are left out: their intervals are over rows only and say nothing about
     the recipe, so only `runner compare` shows them.
@@ -267,14 +267,14 @@ def is_of_single_runs(effect: Effect) -> bool:
 
 
 def describe_direction(effects: AxisEffects) -> str:
-    """Describes the unit of a difference and the meaning of its sign."""
+    """Describe the unit of a difference and the meaning of its sign."""
     metric = effects.metric
     sign = "negative" if metric.mode == "min" else "positive"
     return f"{metric.unit}; {sign}: {axis_text(effects.compared)} is better"
 
 
 def describe_replication(effect: Effect) -> str:
-    """Formats seeds x rows (or groups of rows).
+    """Format seeds x rows (or groups of rows).
 
     >>> describe_seeds((3, 3)), describe_seeds((2, 3)), describe_seeds(())
     ('3', '2-3', '')
@@ -285,7 +285,7 @@ def describe_replication(effect: Effect) -> str:
 
 
 def describe_seeds(num_seeds: Sequence[int]) -> str:
-    """Formats the number of seeds of the cells: one number, or from fewest to most."""
+    """Format the number of seeds of the cells: one number, or from fewest to most."""
     if not num_seeds:
         return ""
     low, high = min(num_seeds), max(num_seeds)
@@ -300,7 +300,7 @@ KINDS: Final[Mapping[str, str]] = {
 
 
 def describe_standing(effect: Effect) -> str:
-    """Describes in a few words if an effect was declared, and its limits."""
+    """Describe in a few words if an effect was declared, and its limits."""
     interval = effect.interval
     if interval is None:
         return "refused"
@@ -314,7 +314,7 @@ def describe_standing(effect: Effect) -> str:
 
 
 def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
-    """Returns the flags of the effects, each sentence once, prefixed with its effects unless it is
+    """The flags of the effects, each sentence once, prefixed with its effects unless it is
     true of all. Of sentences that differ only in numbers, the first one is kept.
     """
     kinds: dict[str, tuple[str, list[str]]] = {}
@@ -329,7 +329,7 @@ def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> lis
 
 
 def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
-    """Returns texts on pooling or pairing and on limits of the intervals, each text once."""
+    """Texts on pooling or pairing and on limits of the intervals, each text once."""
     scopes: dict[str, list[str]] = {}
     for effect in effects:
         interval = effect.interval
@@ -343,7 +343,7 @@ def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> l
 
 
 def name_library(name: str) -> str:
-    """Returns the name for people of an entry of `versions`.
+    """The name for people of an entry of `versions`.
 
     >>> name_library("cuda"), name_library("driver"), name_library("torch")
     ('CUDA', 'NVIDIA driver', 'torch')
@@ -352,7 +352,7 @@ def name_library(name: str) -> str:
 
 
 def describe_version(name: str, recorded: str) -> str:
-    """Returns a recorded version, or versions joined by ` then `, with a plain text for `absent`.
+    """A recorded version, or versions joined by ` then `, with a plain text for `absent`.
 
     >>> describe_version("cuda", "absent"), describe_version("bitsandbytes", "absent then 0.48")
     ('none', 'not installed then 0.48')
@@ -363,7 +363,7 @@ def describe_version(name: str, recorded: str) -> str:
 
 
 def describe_noise_floors(effects: Sequence[Effect], constant: Collection[str] = ()) -> str:
-    """Returns each noise floor with the cells that it applies to, which are left out if there is
+    """Each noise floor with the cells that it applies to, which are left out if there is
     one floor; empty if no effect has a floor.
     """
     scopes: dict[str, list[str]] = {}
@@ -378,7 +378,7 @@ def describe_noise_floors(effects: Sequence[Effect], constant: Collection[str] =
 
 
 def variance(interval: Interval | None, part: Literal["seed", "row", "res"]) -> str:
-    """Formats one part of the variance of an estimate with its degrees of freedom; blank if that
+    """Format one part of the variance of an estimate with its degrees of freedom; blank if that
     part is unknown.
     """
     if interval is None or (part != "row" and interval.df_seed is None):
@@ -393,7 +393,7 @@ def variance(interval: Interval | None, part: Literal["seed", "row", "res"]) -> 
 
 
 def describe_interval(interval: Interval, design: str = "") -> str:
-    """Describes the variances of an interval, then its design and note. More seeds reduce V_seed,
+    """Describe the variances of an interval, then its design and note. More seeds reduce V_seed,
     more rows V_row.
     """
     words = f"V_row {interval.v_row:.1e} (df {interval.df_row:.0f})"
@@ -404,7 +404,7 @@ def describe_interval(interval: Interval, design: str = "") -> str:
 
 
 def describe_equivalence(effect: Effect) -> str:
-    """Describes the equivalence test against the declared margin; empty if there is none."""
+    """Describe the equivalence test against the declared margin; empty if there is none."""
     if effect.equivalence is None:
         return ""
     found = effect.equivalence
@@ -420,7 +420,7 @@ def describe_equivalence(effect: Effect) -> str:
 
 
 def describe_interaction(found: Interaction) -> str:
-    """Formats the test for an interaction with another axis."""
+    """Format the test for an interaction with another axis."""
     df = ", ".join(f"{one:.0f}" for one in found.df)
     p = probability(found.p)
     p = f"p {p[0]} {p[1:]}" if p.startswith("<") else f"p = {p}"
@@ -428,7 +428,7 @@ def describe_interaction(found: Interaction) -> str:
 
 
 def describe_base(rows: Sequence[ReportRow]) -> str:
-    """Returns a sentence on the runs that beat their own base model."""
+    """A sentence on the runs that beat their own base model."""
     base = compare_with_base(rows)
     runs = "run" if base.num_completed == 1 else "runs"
     verb = "beats its" if base.num_better == base.num_completed == 1 else "beat their"
@@ -441,11 +441,11 @@ def describe_base(rows: Sequence[ReportRow]) -> str:
 
 
 def list_cell_seeds(cell: Cell) -> str:
-    """Returns the number of runs of a cell that have a score, such as `2 of 3`."""
+    """The number of runs of a cell that have a score, such as `2 of 3`."""
     scored = max(map(len, cell.scores.values()), default=0)  # not those that do not count
     return str(scored) if scored == len(cell.runs) else f"{scored} of {len(cell.runs)}"
 
 
 def finite(value: float | None) -> float | None:
-    """Returns a number that JSON can hold; None for NaN and infinities."""
+    """A number that JSON can hold; None for NaN and infinities."""
     return value if value is not None and math.isfinite(value) else None

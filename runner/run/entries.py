@@ -72,10 +72,10 @@ def find_entry(folder: Path) -> Entry | None:
 
 
 @contextmanager
-def hold_entry(folder: Path, go_on: Callable[[], bool]) -> Iterator[bool]:
+def hold_entry(folder: Path, keep_waiting: Callable[[], bool]) -> Iterator[bool]:
     """Hold the lock under which one process computes and writes this entry; True once it is ours.
-    While another process holds it, `go_on` is called five times a second; False as soon as that
-    returns False.
+    While another process holds it, `keep_waiting` is called five times a second; False
+    as soon as that returns False.
 
     The lock belongs to the file system, so it is free as soon as its holder dies, however that
     happens.
@@ -85,7 +85,7 @@ def hold_entry(folder: Path, go_on: Callable[[], bool]) -> Iterator[bool]:
     """
     lock = Lease(_lock_path(folder))
     try:
-        while not (is_ours := lock.try_acquire()) and go_on():
+        while not (is_ours := lock.try_acquire()) and keep_waiting():
             time.sleep(_LOOK_SECONDS)
             if not _is_same_file(lock, folder):  # the entry was removed together with its lock
                 lock.close()

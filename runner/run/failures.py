@@ -81,7 +81,7 @@ _TAIL_CHARACTERS: Final = 400
 _READ_BYTES: Final = 32 * 2**10
 _FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT)
 # With less free space, a record may not have been written.
-_NEXT_TO_NOTHING_BYTES: Final = 2**20
+_FULL_DISK_BYTES: Final = 2**20
 
 # Kinds by text; the first match counts. Libraries raise most of these as a plain RuntimeError.
 _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
@@ -340,6 +340,6 @@ def _read_last_lines(log_path: Path) -> list[str]:
 
 def _is_full(folder: Path) -> bool:
     try:
-        return shutil.disk_usage(folder).free < _NEXT_TO_NOTHING_BYTES
+        return shutil.disk_usage(folder).free < _FULL_DISK_BYTES
     except OSError:
         return False

@@ -31,7 +31,7 @@ from runner.run.paths import AttemptPaths, RunPaths
 
 # Separate from the generator that training draws from, because a training process also acquires
 # such locks.
-_DICE: Final = random.Random()
+_RANDOM: Final = random.Random()
 _LOOKING_SECONDS: Final = 5.0  # limit for one check of a lease on a slow file system
 
 
@@ -62,7 +62,7 @@ class Lease:
             if time.monotonic() > deadline:
                 return False
             # Random, so that two processes that probe each other get out of step.
-            time.sleep(_DICE.uniform(0.001, 0.02))
+            time.sleep(_RANDOM.uniform(0.001, 0.02))
         return self._is_in_place()
 
     def _try_lock(self, kind: int) -> bool:

@@ -244,7 +244,7 @@ def _list_needed(paths: RunPaths, recorded: Manifest) -> list[str]:
     return sorted(name for name in recorded if name in damaged or name not in sizes)
 
 
-def mend_model(paths: RunPaths, manifest: Manifest) -> None:
+def restore_model_files(paths: RunPaths, manifest: Manifest) -> None:
     """Move the files that `model/` needs into place, from the export next to it that
     `find_other_export` has compared.
 

@@ -48,7 +48,7 @@ DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset(
 # Among several ranks of one attempt, the first kind in this list knows the cause. Preempted: when
 # one rank has failed, the launcher ends the others with TERM, which they understand as a request to
 # stop.
-_MOST_TELLING: Final[tuple[FailureKind, ...]] = (
+_MOST_INFORMATIVE: Final[tuple[FailureKind, ...]] = (
     "diverged",
     "data",
     "configuration",
@@ -92,7 +92,7 @@ class StopRequest(Fact):
 
     attempt: int  # later attempts ignore it
     why: str
-    # The sweep that runs it was itself asked to stop: another sweep may continue the run
+    # The sweep that runs it was itself asked to stop: another sweep may resume the run
     # immediately.
     is_of_its_sweep: bool = False
 
@@ -240,10 +240,10 @@ class StoredRecipe(Fact):
         return state_as_before(recipe, self.recipe, self.commits)
 
     @property
-    def digest_today(self) -> str:
+    def current_digest(self) -> str:
         """The digest of the same recipe and contents under today's rules."""
-        is_of_today = self.rules == RULES
-        return self.recipe_digest if is_of_today else derive_digest(self.recipe, self.contents)
+        is_current = self.rules == RULES
+        return self.recipe_digest if is_current else derive_digest(self.recipe, self.contents)
 
     def find_other_rules(self) -> list[str]:
         """The line to report if this version of the runner draws or masks rows differently."""
@@ -251,7 +251,7 @@ class StoredRecipe(Fact):
             return []
         return [
             f"{RULES_KEY}: {self.rules} -> {RULES}"
-            f" (only a runner with rules {self.rules} can continue it)"
+            f" (only a runner with rules {self.rules} can resume it)"
         ]
 
     def find_other_digest(self) -> list[str]:
@@ -358,7 +358,7 @@ def load_failure(files: AttemptPaths) -> Failure | None:
     found = [load_fact(path, Failure) for path in files.list_failure_paths()]
     return min(
         (failure for failure in found if failure is not None),
-        key=lambda failure: (failure.has_lost_peer, _MOST_TELLING.index(failure.kind)),
+        key=lambda failure: (failure.has_lost_peer, _MOST_INFORMATIVE.index(failure.kind)),
         default=None,
     )
 

@@ -112,8 +112,8 @@ def list_runs(grid_dir: Path, *, but: Collection[str]) -> list[str]:
 
 
 def find_absent(runs: Iterable[tuple[str, Path]]) -> dict[str, list[str]]:
-    """By grid: the names of launched runs that are in the same folders as the given ones (grid, run
-    directory) but not among them.
+    """The names of launched runs, by grid, that share a folder with the given runs (grid, run
+    directory) but are not among them.
     """
     known: dict[tuple[str, Path], set[str]] = {}
     for grid, run_dir in runs:

@@ -82,7 +82,7 @@ class BaseScores:
 
     @classmethod
     def load(cls, folder: Path) -> BaseScores:
-        """Return the scores that `write` stored, with every number exact to its last bit.
+        """The scores that `write` stored, with every number exact to its last bit.
 
         Raises:
             CorruptFileError: a file has another shape.
@@ -268,15 +268,15 @@ class _Shelf:
             if found is None and not self._is_not_shared() and self._take_lock(wait_seconds):
                 found = self._find()  # another run may have written it meanwhile
                 if found is None and self._is_not_shared():
-                    self._let_go()
+                    self._release()
         except (CorruptFileError, OSError) as error:
             self._why = f"{self.folder} cannot be read or locked: {put_in_words(error)}"
             return None
         if found is not None:  # readers need no lock
-            self._let_go()
+            self._release()
         return found
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._stack.close()
         self.is_ours = False
 
@@ -297,7 +297,7 @@ class _Shelf:
             self._producer = _read_producer(entry)
         except CorruptFileError as error:
             moved = quarantine_entry(
-                self.folder, error.message, read=self._entry, found_by=self._who()
+                self.folder, error.message, read=self._entry, found_by=self._identify_run()
             )
             done = f"moved to {moved}" if moved else "another process has moved it aside"
             print(f"warning: {error.message}: {done}", flush=True)
@@ -332,12 +332,12 @@ class _Shelf:
             wait_seconds = _WAIT_SECONDS if is_alone else _WAIT_SECONDS_OF_SEVERAL
         deadline = time.monotonic() + wait_seconds
 
-        def go_on() -> bool:
+        def keep_waiting() -> bool:
             self.context.sign_of_life()
             return time.monotonic() < deadline
 
         with self.context.phase(_WAITING):
-            self.is_ours = self._stack.enter_context(hold_entry(self.folder, go_on))
+            self.is_ours = self._stack.enter_context(hold_entry(self.folder, keep_waiting))
         if not self.is_ours:
             self._why = f"another run has been computing it for {format_seconds(wait_seconds)}"
         return self.is_ours
@@ -354,7 +354,9 @@ class _Shelf:
             f" {difference}"
         )
         with contextlib.suppress(CorruptFileError, OSError):
-            quarantine_entry(self.folder, difference, read=self._entry, found_by=self._who())
+            quarantine_entry(
+                self.folder, difference, read=self._entry, found_by=self._identify_run()
+            )
         return False
 
     def keep(self, scores: BaseScores, change: str | None) -> None:
@@ -366,7 +368,9 @@ class _Shelf:
                 note_not_shared(self.folder, self._why)
         elif self.is_ours:
             try:
-                write_entry(self.folder, scores.write, parts=self._parts, producer=self._who())
+                write_entry(
+                    self.folder, scores.write, parts=self._parts, producer=self._identify_run()
+                )
                 is_kept = True
             except (OSError, ValueError) as error:
                 self._why = f"{self.folder} cannot be written: {error}"
@@ -381,7 +385,7 @@ class _Shelf:
             ),
         )
 
-    def _who(self) -> dict[str, Any]:
+    def _identify_run(self) -> dict[str, Any]:
         number = int(self.context.attempt.attempt_dir.name)
         return {"run": self.context.recipe.run.full_name, "attempt": number}
 

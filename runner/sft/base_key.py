@@ -288,7 +288,7 @@ def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def _list_gpu_dice() -> list[torch.Tensor]:
+def _list_gpu_generators() -> list[torch.Tensor]:
     is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return torch.cuda.get_rng_state_all() if is_used else []
 
@@ -296,7 +296,7 @@ def _list_gpu_dice() -> list[torch.Tensor]:
 class ModelState:
     """State that a forward could change in a model or in the random generators.
 
-    Weights are not compared. Only the first forward of a quantised layer changes them, and every
+    Weights are not compared. Only the first forward of a quantized layer changes them, and every
     run makes one before it trains. Some models do keep state, such as rotary frequencies that grow
     with the longest text seen.
     """
@@ -307,11 +307,11 @@ class ModelState:
         self._model = {
             name: self._describe_module(module) for name, module in model.named_modules()
         }
-        self._dice = (
+        self._random_states = (
             random.getstate(),
             repr(numpy.random.get_state()),
             torch.get_rng_state().numpy().tobytes(),
-            [one.numpy().tobytes() for one in _list_gpu_dice()],
+            [one.numpy().tobytes() for one in _list_gpu_generators()],
         )
 
     def _describe_module(self, module: torch.nn.Module) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class ModelState:
 
     def find_change(self, later: ModelState) -> str | None:
         """Describe the first difference from a later state; None if nothing changed."""
-        if self._dice != later._dice:
+        if self._random_states != later._random_states:
             return "random numbers were drawn"
         for name in {**self._model, **later._model}:
             if self._model.get(name) != later._model.get(name):

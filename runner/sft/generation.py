@@ -286,7 +286,7 @@ def _list_selecting(recipe: Recipe) -> set[str]:
     return {recipe.checkpoints.metric} | stops_by
 
 
-def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
+def refuse_unjudgeable(recipe: Recipe, samples: Samples) -> None:
     """Check before training that the rows support the generation settings of the recipe.
 
     Raises:

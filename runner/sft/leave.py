@@ -1,5 +1,5 @@
-"""The exit of a trainer whose run is complete: open files are closed, and the process exits without
-the interpreter's teardown.
+"""The exit of a training process whose run is complete: open files are closed, and the process
+exits without the interpreter's teardown.
 
 Tearing down torch, transformers and the rest module by module takes about as long as ten steps of a
 small model, and no part of a run depends on it.
@@ -40,12 +40,12 @@ def leave(status: int, recipe: Recipe, place: WorldPlace, *, is_forked: bool = F
     # interpreter. In a fork they are the worker's imports, and include no file of this run.
     if not is_forked:
         gc.unfreeze()
-    if may_leave_at_once(recipe, place):
-        leave_at_once(status)
+    if may_exit_immediately(recipe, place):
+        exit_immediately(status)
     sys.exit(status)
 
 
-def may_leave_at_once(recipe: Recipe, place: WorldPlace) -> bool:
+def may_exit_immediately(recipe: Recipe, place: WorldPlace) -> bool:
     """True if nothing in this process is known to do its last work at the interpreter's exit.
 
     At that point trackers upload, process groups and DeepSpeed end their threads, and coverage and
@@ -69,7 +69,7 @@ def _is_traced() -> bool:
     return sys.gettrace() is not None or sys.getprofile() is not None or any(tools)
 
 
-def leave_at_once(status: int) -> NoReturn:
+def exit_immediately(status: int) -> NoReturn:
     """End this process as Python would, but without the teardown of modules.
 
     Waits for threads, calls the functions of `atexit` (logging closes its files there), and closes

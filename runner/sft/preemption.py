@@ -70,7 +70,7 @@ class Preemption:
             raise PreemptedError(f"{why}: stopped at step {step}, which is saved")
 
     def agree(self, device: Any) -> bool:
-        """True if the attempt ends here, on every rank alike; all ranks must call this at the same
+        """True on every rank if the attempt ends here; all ranks must call this at the same
         point.
         """
         if self._agreed_on is None:
@@ -109,9 +109,9 @@ class Preemption:
                 if request is not None and request.attempt == self._attempt:
                     self._asked_by = request.why
             if self._asked_by is not None and self._agreed_on is None:
-                self._leave_if_idle(self._asked_by, record)
+                self._exit_if_idle(self._asked_by, record)
 
-    def _leave_if_idle(self, why: str, record: Callable[[Failure], None]) -> None:
+    def _exit_if_idle(self, why: str, record: Callable[[Failure], None]) -> None:
         with self._lock:  # held to the end, so training cannot begin
             if self._agreed_on is not None or self._is_ignored:
                 return
@@ -149,9 +149,9 @@ def _agree_on_first(asked_by: str | None, device: Any) -> str | None:
     flags = gather(torch.tensor([asked_by is not None], dtype=torch.int32, device=device)).tolist()
     if not any(flags):
         return None
-    told = [asked_by]
-    broadcast_object_list(told, from_process=flags.index(1))
-    return told[0]
+    box = [asked_by]
+    broadcast_object_list(box, from_process=flags.index(1))
+    return box[0]
 
 
 def _stay(number: int, frame: FrameType | None) -> None:
@@ -160,7 +160,7 @@ def _stay(number: int, frame: FrameType | None) -> None:
 
 def _stop_listening() -> None:
     """Restore default signals in a forked child, such as a data loader's worker. A signal to the
-    child is not meant for the trainer.
+    child is not meant for the training process.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerState
 from runner.checkpoints.commit import (
     carry_run_files,
     commit_checkpoint,
-    give_back_on_full_disk,
+    delete_on_full_disk,
     restore_run_files,
 )
 from runner.checkpoints.marker import is_intact, list_evaluations, sync_folder
@@ -61,9 +61,9 @@ from runner.run.manifest import (
     find_other_export,
     list_summed_files,
     measure_model,
-    mend_model,
     record_files,
     record_model,
+    restore_model_files,
     sign_result,
 )
 from runner.run.paths import RunPaths, marker_path
@@ -271,7 +271,7 @@ class Recorder:
             saved_dir = Path(trainer.args.output_dir) / f"checkpoint-{step}"
             if context.is_main:
                 require_room_for_checkpoint(context.recipe, paths, step)
-            with give_back_on_full_disk(
+            with delete_on_full_disk(
                 saved_dir, paths.checkpoint_dir(step), is_main=context.is_main
             ):
                 write()
@@ -372,7 +372,7 @@ class Recorder:
             # Now, while the files that were just checked are still in the page cache.
             self._model_files = record_model(paths.model_dir)
 
-    def mend_export(self, trainer: Trainer, best_step: int, manifest: Manifest) -> None:
+    def repair_export(self, trainer: Trainer, best_step: int, manifest: Manifest) -> None:
         """Write the weights in memory, those of `best_step`, next to `model/`. If they match the
         recorded export, move the files that `model/` lacks, or has damaged, into place.
 
@@ -391,7 +391,7 @@ class Recorder:
                 f" {paths.model_dir} is left unchanged:\n{shown}",
                 hint=_suggest_versions(paths),
             )
-        mend_model(paths, manifest)
+        restore_model_files(paths, manifest)
 
     def _write_export(self, trainer: Trainer, best_step: int) -> None:
         """Save the weights in memory next to `model/`, and check the files."""

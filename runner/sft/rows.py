@@ -27,12 +27,12 @@ from runner.data.shards import Work
 from runner.data.stored_rows import BYTES_PER_ROW
 from runner.errors import CorruptFileError, put_in_words
 from runner.model.memory import require_space
-from runner.recipe.contents import ContentHashes, hash_what_is_there
+from runner.recipe.contents import ContentHashes, hash_existing
 from runner.recipe.schema import Turns
 from runner.run.entries import Entry, find_entry, hold_entry, quarantine_entry, write_entry
 from runner.run.paths import content_cache_path, find_output_root, row_entries_dir
 from runner.sft.context import RunContext
-from runner.sft.generation import refuse_what_cannot_be_judged
+from runner.sft.generation import refuse_unjudgeable
 from runner.sft.phases import name_rows_phase
 from runner.sft.startup import WorldPlace
 from runner.strict import list_texts
@@ -50,7 +50,7 @@ def load_samples(context: RunContext, tokenizer: Any) -> Samples:
     """The rows that a run is trained and scored on; every rank has the same.
 
     Raises:
-        DataError: as in `draw_splits`, `build_samples` and `refuse_what_cannot_be_judged`.
+        DataError: as in `draw_splits`, `build_samples` and `refuse_unjudgeable`.
     """
     recipe, raw, samples = context.recipe, None, None
     stated = count_stated_rows(recipe)
@@ -67,7 +67,7 @@ def load_samples(context: RunContext, tokenizer: Any) -> Samples:
         with context.phase("masking rows"):
             samples = build_samples(recipe.data, tokenizer, raw, sign_of_life=context.sign_of_life)
     with context.phase("masking rows"):
-        refuse_what_cannot_be_judged(recipe, samples)
+        refuse_unjudgeable(recipe, samples)
     return samples
 
 
@@ -75,7 +75,7 @@ def _map(folder: Path) -> Samples | None:
     try:
         return load_entry(folder)
     except CorruptFileError as error:  # not yet visible on this machine
-        _tell(f"warning: this process masks its rows itself: {error.message}")
+        _print(f"warning: this process masks its rows itself: {error.message}")
         return None
 
 
@@ -113,7 +113,7 @@ class RowStore:
             with context.phase("masking rows"):
                 return str(self.write(self.raw).folder)
         except (CorruptFileError, OSError) as error:
-            _tell(f"warning: masked rows are not stored below {self._root}: {put_in_words(error)}")
+            _print(f"warning: masked rows are not stored below {self._root}: {put_in_words(error)}")
             return None
 
     @cached_property
@@ -140,7 +140,7 @@ class RowStore:
         def wait() -> bool:
             self._context.enter_phase("waiting for another run that masks the same rows")
             self._context.sign_of_life()
-            return watch.is_at_work(time.monotonic())
+            return watch.is_working(time.monotonic())
 
         with hold_entry(self.folder, wait) as is_ours:
             if not is_ours:
@@ -165,7 +165,7 @@ class RowStore:
         recipe, contents = self._context.recipe, self._context.contents
         named = pin_data(recipe, contents)
         hashes = ContentHashes(content_cache_path(self._output_root))
-        now = {**contents, **hash_what_is_there(recipe, hashes, only=named or ())}
+        now = {**contents, **hash_existing(recipe, hashes, only=named or ())}
         if pin_data(recipe, now) != named:
             raise OSError("data files changed since the run was prepared")
 
@@ -190,7 +190,7 @@ class RowStore:
         producer = {"run": recipe.run.full_name, "attempt": context.attempt.attempt_dir.name}
         entry = write_entry(self.folder, write, parts=self._parts, producer=producer)
         seconds = format_seconds(time.monotonic() - began)
-        _tell(f"masked {_count(raw):,} rows in {seconds}, stored in {entry.folder}")
+        _print(f"masked {_count(raw):,} rows in {seconds}, stored in {entry.folder}")
         return entry
 
 
@@ -204,7 +204,7 @@ class Watch:
         self._seen: dict[Path, tuple[int, int]] | None = None
         self._changed_at = 0.0
 
-    def is_at_work(self, now: float) -> bool:
+    def is_working(self, now: float) -> bool:
         """False if the temporary files next to the entry have not changed for
         `patience_seconds`.
         """
@@ -231,7 +231,7 @@ def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
             load_entry(folder)
             run, attempt = entry.producer.get("run"), entry.producer.get("attempt")
             seconds = time.monotonic() - began
-            _tell(
+            _print(
                 f"rows were masked by {run}, attempt {attempt}, and are read from {folder}"
                 f" (checksums verified in {seconds:.1f} s)"
             )
@@ -240,7 +240,7 @@ def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
         if is_ours:
             moved = quarantine_entry(folder, error.message, read=entry)
             where = "" if moved is None else f"; moved to {moved}"
-            _tell(f"warning: masked rows are damaged: {error.message}{where}")
+            _print(f"warning: masked rows are damaged: {error.message}{where}")
         return None
 
 
@@ -275,7 +275,7 @@ class _Bar:
             self._said_at = now
             bar = "#" * (_BAR_WIDTH * num_done // max(1, num_rows))
             per_second = num_done / (now - self._began)
-            _tell(f"masking rows [{bar:<{_BAR_WIDTH}}] {shown}, {per_second:,.0f} per second")
+            _print(f"masking rows [{bar:<{_BAR_WIDTH}}] {shown}, {per_second:,.0f} per second")
 
 
 def _count(raw: RawSplits) -> int:
@@ -297,5 +297,5 @@ def estimate_bytes(raw: RawSplits, turns: Turns) -> int:
     return num_bytes
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)

@@ -65,7 +65,7 @@ def uses_deepspeed() -> bool:
 def keep_freed_memory() -> None:
     """From now on, keep most freed memory in this process for the next tensor.
 
-    A trainer on the CPU allocates the same tensors in each step. By default, glibc returns free
+    Training on the CPU allocates the same tensors in each step. By default, glibc returns free
     memory at the end of its heap, and every block of more than 32 MiB, to the kernel. The kernel
     then clears and maps each page again, which took 5 to 12% of the CPU seconds of small runs.
     Blocks of more than 128 MiB are still returned: with all of them in the heap, a run held 50%
@@ -121,7 +121,7 @@ def remove_stale_lock(folder: Path) -> str | None:
     if not path.exists():
         return None
     if (kind := find_file_system(path)) not in _LOCAL_FILE_SYSTEMS:
-        return _say_stays(
+        return _describe_kept(
             path,
             f"it is on {kind or 'an unknown file system'}, so another machine may hold it",
         )
@@ -131,32 +131,32 @@ def remove_stale_lock(folder: Path) -> str | None:
         # wait here and not for the lock itself: a process that waits for the lock assumes, once it
         # is gone, that the extension is compiled.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return _remove_if_nobody_has_it(path)
+        return _remove_if_unused(path)
     except FileNotFoundError:
         return None  # released meanwhile
     except OSError as error:
-        return _say_stays(path, f"its holder cannot be determined ({error.strerror})")
+        return _describe_kept(path, f"its holder cannot be determined ({error.strerror})")
     finally:
         os.close(descriptor)
 
 
-def _say_stays(path: Path, reason: str) -> str:
+def _describe_kept(path: Path, reason: str) -> str:
     return (
         f"{path} stays: {reason}; remove it if no process compiles there, else DeepSpeed waits for"
         " ever"
     )
 
 
-def _remove_if_nobody_has_it(path: Path) -> str:
+def _remove_if_unused(path: Path) -> str:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size:
-            return _say_stays(path, "it is not a lock made by torch")
+            return _describe_kept(path, "it is not a lock made by torch")
         if not _is_ours_alone(descriptor) or time.time() - found.st_mtime < _MINIMAL_AGE_SECONDS:
             return f"{path}: DeepSpeed waits for another process that compiles there"
         if (pid := _wait_for_orphans(path.parent)) is not None:
-            return _say_stays(path, f"process {pid} is still working there")
+            return _describe_kept(path, f"process {pid} is still working there")
         if not os.path.samestat(found, path.stat()):
             return f"{path}: DeepSpeed waits for another process that compiles there"
         path.unlink()

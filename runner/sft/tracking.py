@@ -119,7 +119,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
             return WandbRun(self._context)
         return integration_utils.INTEGRATION_TO_CALLBACK[name]()
 
-    def _tell(self, name: str, event: str, *args: Any, **kwargs: Any) -> None:
+    def _notify(self, name: str, event: str, *args: Any, **kwargs: Any) -> None:
         if (tracker := self._trackers.get(name)) is None:
             return
         try:
@@ -128,9 +128,9 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         except Exception as error:
             self._warn(name, event, error)
 
-    def _tell_all(self, event: str, *args: Any, **kwargs: Any) -> None:
+    def _notify_all(self, event: str, *args: Any, **kwargs: Any) -> None:
         for name in list(self._trackers):
-            self._tell(name, event, *args, **kwargs)
+            self._notify(name, event, *args, **kwargs)
 
     def _warn(self, name: str, event: str, error: Exception) -> None:
         count = self._num_failures[name] = self._num_failures.get(name, 0) + 1
@@ -143,11 +143,11 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
         """Forward the event."""
-        self._tell_all("on_init_end", *args, **kwargs)
+        self._notify_all("on_init_end", *args, **kwargs)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Forward the event."""
-        self._tell_all("on_train_begin", *args, **kwargs)
+        self._notify_all("on_train_begin", *args, **kwargs)
 
     def on_log(
         self,
@@ -160,19 +160,19 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Forward the steps that the recipe selects, and every evaluation."""
         if "loss" in logs:
-            told = (
+            logged = (
                 dict(logs)
                 if state.global_step % self._context.recipe.tracking.log_steps == 0
                 else {}
             )
         else:
-            told = {name: value for name, value in logs.items() if name.startswith("eval_")}
-        if told:
-            self._tell_all("on_log", args, state, control, logs=told, **kwargs)
+            logged = {name: value for name, value in logs.items() if name.startswith("eval_")}
+        if logged:
+            self._notify_all("on_log", args, state, control, logs=logged, **kwargs)
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Forward the event."""
-        self._tell_all("on_evaluate", *args, **kwargs)
+        self._notify_all("on_evaluate", *args, **kwargs)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -180,15 +180,15 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         """Report the checkpoint to Weights & Biases only: other trackers would look for it in
         Transformers' folder.
         """
-        self._tell("wandb", "log_checkpoint", state.global_step)
+        self._notify("wandb", "log_checkpoint", state.global_step)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Forward the event."""
-        self._tell_all("on_train_end", *args, **kwargs)
+        self._notify_all("on_train_end", *args, **kwargs)
 
     def finish(self, result: TrainResult) -> None:
         """Send the result and the exported model, and close the trackers that are still open."""
-        self._tell("wandb", "finish", result)
+        self._notify("wandb", "finish", result)
 
 
 def open_trackers(context: RunContext, resume_step: int | None) -> Trackers:

@@ -99,7 +99,7 @@ def repair_model(context: RunContext) -> None:
         trainer.train()  # makes no step, but creates what loads weights, such as DeepSpeed's engine
         trainer.load_weights_of(step)
     with phase("exporting"):
-        recorder.mend_export(trainer, step, result.files)
+        recorder.repair_export(trainer, step, result.files)
     print(f"wrote {paths.model_dir} again from step {step}", flush=True)
 
 

@@ -45,7 +45,7 @@ def build_training_args(context: RunContext) -> SFTConfig:
 def build_train_dataset(
     samples: Samples, context: RunContext, pad_token_id: int
 ) -> tuple[Dataset, int]:
-    """The tokenised training rows, followed by padding rows without labels, and the number of
+    """The tokenized training rows, followed by padding rows without labels, and the number of
     padding rows.
 
     If there are several processes, padding rows fill up the last batch, which accelerate would

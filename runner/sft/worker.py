@@ -1,5 +1,5 @@
 """`python -m runner.sft.worker HIDDEN...`, started by `accelerate launch` for a sweep: imports the
-libraries of a trainer, and forks one trainer per attempt.
+libraries for training, and forks one training process per attempt.
 
 This process only imports and forks. It reads no file of a run, runs no user code, starts no thread
 and never touches a GPU. `runner.launch.worker` is the sweep's side, and documents the messages.
@@ -45,7 +45,7 @@ def main() -> int:
         os._exit(0)  # nothing here needs a teardown
     from runner.sft import __main__ as trainer
 
-    # Set up the same `__main__` as if the trainer had been started directly.
+    # Set up the same `__main__` as if the training process had been started directly.
     this = sys.modules["__main__"]
     this.__spec__, this.__file__ = trainer.__spec__, trainer.__file__
     sys.argv = [trainer.__file__, run_dir]

@@ -105,7 +105,7 @@ def find_run(selected: list[Selected]) -> Selected:
 
 
 def _follow(selected: Selected, facts: RunFacts, number: int) -> None:
-    paths, is_told = selected.paths, False
+    paths, is_printed = selected.paths, False
     log = _Log(paths.attempt(number).log_path)
     while True:
         # In this order: the last output was written before the lease was released or the next
@@ -114,7 +114,7 @@ def _follow(selected: Selected, facts: RunFacts, number: int) -> None:
         log.print_on()
         later = [attempt.number for attempt in facts.attempts if attempt.number > number]
         if later:
-            number, is_told = later[0], False
+            number, is_printed = later[0], False
             log = _Log(paths.attempt(number).log_path)
             continue
         if not facts.is_leased:
@@ -122,12 +122,12 @@ def _follow(selected: Selected, facts: RunFacts, number: int) -> None:
             if retry is None or facts.has_result:
                 _say(_describe_end(facts))
                 return
-            if not is_told:
+            if not is_printed:
                 _say(
                     f"{_describe_end(facts)}; {retry.why}, if its sweep is still running;"
                     " Ctrl-C quits"
                 )
-            is_told = True
+            is_printed = True
         time.sleep(_LOOK_SECONDS)
 
 
@@ -192,11 +192,11 @@ def stop_runs(selected: Sequence[Selected]) -> int:
     starters: dict[int, str] = {}
     if num_idle:
         what = "run is not running" if num_idle == 1 else "runs are not running"
-        told = f"{num_idle} {what}" if asked else f"nothing to stop: {num_idle} {what}"
+        line = f"{num_idle} {what}" if asked else f"nothing to stop: {num_idle} {what}"
         if any(not facts.has_result for _, facts in idle):
             starters = find_commands(_STARTERS)
-            told += _describe_starters(starters)
-        print(escape_controls(scrub(told)), file=sys.stderr)
+            line += _describe_starters(starters)
+        print(escape_controls(scrub(line)), file=sys.stderr)
     is_any_reached = bool(asked) or any(held_back)
     return 0 if all(asked) and (is_any_reached or not starters) else 1
 

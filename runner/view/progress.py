@@ -179,7 +179,7 @@ class Speeds:
         }
 
     def seconds_left(self, view: RunView) -> float | None:
-        """For one run that is not done."""
+        """The seconds left for one run that is not done."""
         steps = count_steps_left(view)
         speed = self._per_row.get(_model(view))
         own = (

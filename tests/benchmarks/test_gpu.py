@@ -1,4 +1,6 @@
-"""The benchmark of a GPU: what it computes, and in small on the CPU that all of it works."""
+"""The benchmark of a GPU: its arithmetic, and a small run on the CPU that shows that all of it
+works.
+"""
 
 from __future__ import annotations
 

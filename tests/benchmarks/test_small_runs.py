@@ -114,7 +114,7 @@ def test_recipes_of_the_grids_are_recipes(scripts: dict[str, ModuleType], tmp_pa
 
 def test_orphans_are_measured_too(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass"
-    # The shell ends at once; what it left is waited for.
+    # The shell ends immediately; its children are waited for.
     argv = ["bash", "-c", f"{sys.executable} -c '{burn}' & exit 0"]
     usage = scripts["small_runs"].measure(argv, tmp_path, tmp_path / "log.txt")
     assert 0.3 <= usage.cpu_seconds < 1.5

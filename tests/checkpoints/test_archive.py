@@ -95,8 +95,8 @@ def add(name: str, content: bytes = b"hostile") -> Callable[[list[Entry]], list[
 
 
 def rename_first_file(name: str) -> Callable[[list[Entry]], list[Entry]]:
-    """As `add`, and the marker agrees: its checksum is right, for whoever makes an archive can also
-    make that.
+    """As `add`, with a marker that agrees: its checksum is right, because the author of an archive
+    can make one.
     """
 
     def change(entries: list[Entry]) -> list[Entry]:
@@ -192,7 +192,7 @@ def nest(num_entries: int) -> tuple[list[zipfile.ZipInfo], list[bytes]]:
 def test_entries_that_share_their_bytes_are_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
-    """Everything agrees, checksums too; but what is stated together grows with the square of the
+    """Everything agrees, checksums included, but the stated total grows with the square of the
     file.
     """
     infos, contents = nest(200)

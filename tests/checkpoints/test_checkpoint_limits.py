@@ -1,5 +1,5 @@
-"""Whole runs that archive, strip, upload and come back from what they left: the same bytes as a run
-left alone.
+"""Whole runs that archive, strip, upload and resume from the rest: the same bytes as an undisturbed
+run.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""One decision: each way in which checkpoints can be damaged, with the step that is continued, what
-is moved aside for it and why, and the verdict on every checkpoint.
+"""The choice of a checkpoint: each way in which checkpoints can be damaged, with the step that is
+resumed, the checkpoints that are moved aside and why, and the verdict on every checkpoint.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ UNCOMMITTED: Final = "its files differ from those committed: "
 UNFINISHED: Final = "never finished; an attempt would move it to quarantine"
 LOST_BEST: Final = "the best weights so far, of step 8, are lost"
 NO_BEST: Final = ", but its best weights, of step 8, are lost" + MOVED
-STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be continued"
+STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be resumed"
 NO_STATE: Final = (
     "intact, but without optimizer state: its weights can be used, but it cannot be resumed"
 )
@@ -96,7 +96,7 @@ BACK_TO_8: Final = {"step-8": "intact" + NEXT, "step-4": "intact" + OLDER}
 
 
 def newest_damaged(happen: Callable[[RunPaths], Any], what: str) -> Case:
-    """The step before is continued."""
+    """The step before is resumed."""
     verdicts = {"step-12": f"damaged: {what}{MOVED}", **BACK_TO_8}
     return Case(happen, 8, verdicts, (("step-12", UNCOMMITTED + what),))
 
@@ -238,7 +238,7 @@ def contents(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
 def decide(
     paths: RunPaths, wanted: Wanted = "auto", *, has_run_out_of_memory: bool = False, **changed: Any
 ) -> Choice:
-    """Every checkpoint is judged, every byte read; what is unpacked goes beside the run."""
+    """The choice, with every byte of every checkpoint read; archives are unpacked next to it."""
     scratch_dir = paths.run_dir.with_name("scratch")
     policy = Policy(
         Verification(paths, LIMITS, scratch_dir),
@@ -280,7 +280,7 @@ def test_what_is_continued_and_moved_aside_and_said(
     assert list_moves(paths, choice) == list(right.moves)
     assert [move.step for move in choice.moves if not isinstance(move, Move)] == [*right.restored]
     capsys.readouterr()
-    assert resume(paths) == right.step, "as the trainer does"
+    assert resume(paths) == right.step, "as the training process does"
     printed = capsys.readouterr().out.splitlines()
     moved = [line.split()[3] for line in printed if line.startswith("warning: moved checkpoint")]
     assert moved == [name for name, _ in right.moves]
@@ -317,7 +317,7 @@ def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_pa
 def test_only_other_micro_batches_of_training_are_left_behind(tmp_path: Path) -> None:
     paths = make(tmp_path, "whole")
     larger = "it was written in larger micro-batches, before the run ran out of memory"
-    for changed in ({}, {"num_processes": 1}):  # nothing of before is continued
+    for changed in ({}, {"num_processes": 1}):  # nothing from before is resumed
         choice = decide(paths, has_run_out_of_memory=True, per_device_train_batch_size=1, **changed)
         assert (choice.step, choice.refusal) == (None, None)
         assert list_moves(paths, choice) == [(f"step-{step}", larger) for step in (4, 8, 12)]

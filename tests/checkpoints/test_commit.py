@@ -90,7 +90,7 @@ def test_what_is_damaged_is_named(paths: RunPaths, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("how", ["copied", "renamed"])
 def test_a_folder_under_the_name_of_another_step_does_not_count(paths: RunPaths, how: str) -> None:
-    """Else a stale one that was called a newer one would win at every resume from now on."""
+    """Otherwise a stale checkpoint under a newer name would win at every later resume."""
     commit(paths, 4, 8)
     (shutil.copytree if how == "copied" else shutil.move)(
         paths.checkpoint_dir(4), paths.checkpoint_dir(40)

@@ -60,7 +60,7 @@ def test_any_damage_to_any_file_costs_the_steps_since_the_checkpoint_before(
 def test_a_run_killed_before_every_operation_on_a_checkpoint_ends_with_the_same_bytes(
     finished: Project,
 ) -> None:
-    """In a chain: each attempt goes on from what the last one left, and comes one operation further
+    """In a chain: each attempt resumes from what the last one left, and comes one operation further
     before it dies.
     """
     name, overrides = "killed-at-each", RUNS["gemma-lora"]

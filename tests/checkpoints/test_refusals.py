@@ -47,7 +47,7 @@ from tests.support.settled import settle
 
 __all__ = ["fake"]
 
-# What may change between two attempts of a run, and why that cannot show in its results.
+# Keys that may change between two attempts of a run, and why the results cannot change.
 MAY_CHANGE = {
     "run.grid": "names the directory: another grid is another run",
     "run.name": "names the directory: another name is another run",
@@ -57,7 +57,7 @@ MAY_CHANGE = {
     "launch.retries.transient": "how often, not what",
     "launch.retries.lost": "how often, not what",
     "launch.retries.out_of_memory": (
-        "permits a start at step 0 in smaller micro-batches; never a continuation in them"
+        "permits a start at step 0 in smaller micro-batches; never a resume in them"
     ),
     "launch.retries.stalled": "how often, not what",
     "launch.retries.backoff_seconds": "when, not what",
@@ -67,7 +67,7 @@ MAY_CHANGE = {
         "the best one always stays, and nothing that is computed depends on others"
     ),
     "checkpoints.keep_best": "as above",
-    "checkpoints.save_optimizer": "of older checkpoints; a stripped one is never continued",
+    "checkpoints.save_optimizer": "of older checkpoints; a stripped one is never resumed",
     "checkpoints.archive": "a copy",
     "checkpoints.remote": "a copy",
     "checkpoints.remote.url": "a copy",
@@ -218,7 +218,7 @@ def test_another_number_of_processes_is_refused_where_it_is_asked_for(tmp_path: 
     )
     assert status.obstacles == ("gradient_accumulation_steps: 4 -> 12", "num_processes: 3 -> 1")
     assert (
-        "step 4 cannot be continued: gradient_accumulation_steps: 4 -> 12, num_processes: 3 -> 1"
+        "step 4 cannot be resumed: gradient_accumulation_steps: 4 -> 12, num_processes: 3 -> 1"
         in status.notes
     )
     decision, status = judge(paths, recipe, num_processes=5)
@@ -279,7 +279,7 @@ def test_the_newest_marker_that_can_be_read_decides(tmp_path: Path) -> None:
     paths.archive_path(8).write_bytes(b"no archive")
     assert refusal_of(paths, recipe) == ["num_processes: 2 -> 3"]
     flip_bit(marker_path(paths.checkpoint_dir(4)))
-    assert refusal_of(paths, recipe) is None, "nothing to continue: the trainer starts at step 0"
+    assert refusal_of(paths, recipe) is None, "nothing to resume: it starts at step 0"
 
 
 def test_a_stripped_one_is_shown_and_the_one_before_it_decides(tmp_path: Path) -> None:
@@ -292,7 +292,9 @@ def test_a_stripped_one_is_shown_and_the_one_before_it_decides(tmp_path: Path) -
     shutil.rmtree(paths.checkpoint_dir(4))
     interrupt(recipe, paths, num_processes=2)
     decision, status = judge(paths, recipe)
-    assert (decision.action, status.checkpoint_step) == ("refuse", 4), "as the trainer does"
+    assert (decision.action, status.checkpoint_step) == ("refuse", 4), (
+        "as the training process does"
+    )
     assert status.obstacles == ("num_processes: 2 -> 3",)
 
 
@@ -306,11 +308,11 @@ def test_what_is_named_by_resume_decides_instead(tmp_path: Path) -> None:
         "latest": "refuse",
         "best": "refuse",
         "none": "launch",
-        "s3://bucket/step-4.zip": "launch",  # the trainer looks at it
+        "s3://bucket/step-4.zip": "launch",  # the training process reads it
         str(elsewhere.checkpoint_dir(4)): "launch",
         str(elsewhere.archive_path(4)): "launch",
         str(paths.checkpoint_dir(4)): "refuse",
-        str(tmp_path / "nowhere"): "launch",  # the trainer says what is wrong
+        str(tmp_path / "nowhere"): "launch",  # the training process reports the error
     }.items():
         assert judge(paths, recipe, resume=resume)[0].action == action, resume
 
@@ -326,13 +328,13 @@ def test_smaller_micro_batches_after_running_out_of_memory_are_a_new_start_and_n
     )
     assert refusal_of(paths, recipe) is None
     assert refusal_of(paths, parse("launch.num_processes=1")) is None, (
-        "nothing of before is continued, whatever else changed"
+        "nothing from before is resumed, even if other things changed"
     )
     interrupt(recipe, paths, step=8, **_cut(recipe, 2))
     write_record(
         paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
     )
-    assert refusal_of(paths, recipe) is None, "continued in the same smaller ones"
+    assert refusal_of(paths, recipe) is None, "resumed in the same smaller ones"
     lines = refusal_of(paths, parse("launch.num_processes=1"))
     assert lines is not None and "num_processes: 3 -> 1" in lines, (
         "and nothing else may change with them"
@@ -402,7 +404,7 @@ def test_completed_and_running_runs_are_skipped_whatever_they_were_launched_with
     assert decision.action == "skip" and status.obstacles == () and status.checkpoint_step is None
 
 
-# With an `accelerate` that would do as it is told, if it were called.
+# With a scripted `accelerate`, which is not called.
 
 
 def interrupt_fake(fake: FakeLauncher, name: str, **changed: Any) -> RunPaths:
@@ -419,7 +421,7 @@ def test_a_refused_launch_touches_nothing_and_names_what_to_type(fake: FakeLaunc
         process = fake.start("launch", "recipes/toy/a.yaml", *more)
         _, errors = process.communicate()
         assert process.returncode == 2
-        assert "step 4 cannot be continued exactly" in errors
+        assert "step 4 cannot be resumed exactly" in errors
         assert "\n  gradient_accumulation_steps: 2 -> 4\n  num_processes: 2 -> 1\n" in errors
         assert "hint: runner launch recipes/toy/a.yaml --num-processes 2  # as before\n" in errors
         assert "runner launch recipes/toy/a.yaml --fresh  # moves" in errors
@@ -441,7 +443,7 @@ def test_a_sweep_refuses_one_run_launches_the_others_and_needs_no_retry_failed_l
     assert "refuse  toy/a  interrupted" in output and "\n          num_machines: 2 -> 1" in output
     assert len(fake.attempts("a")) == 1, "no failed attempt was left behind"
     status = fake.start("status", "recipes/toy/a.yaml").communicate()[0]
-    assert "interrupted" in status and "step 4 cannot be continued: num_machines: 2 -> 1" in status
+    assert "interrupted" in status and "step 4 cannot be resumed: num_machines: 2 -> 1" in status
     shutil.rmtree(paths.checkpoints_dir)
     again = fake.start("sweep", "recipes/toy")
     assert again.wait() == 0 and fake.started() == ["b", "a"]
@@ -452,7 +454,7 @@ def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(
 ) -> None:
     fake.add("a", "b", "c")
     assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
-    settle(content_cache_path(Path("runs")))  # else hashes of what is so new are kept again
+    settle(content_cache_path(Path("runs")))  # otherwise hashes of such new files are kept again
     before, num_started = fake.tree(), len(fake.events())
     for words in (
         ["sweep", "recipes/toy"],
@@ -464,7 +466,7 @@ def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(
 
 
 def test_a_start_is_refused_under_the_lease_too(fake: FakeLauncher) -> None:
-    """As by an engine whose plan is older than what another launch has done meanwhile."""
+    """The plan of an engine can be older than another launch."""
     from runner.recipe.parse import load_recipe
 
     paths = interrupt_fake(fake, "a", num_processes=2)

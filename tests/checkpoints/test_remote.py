@@ -1,5 +1,5 @@
-"""Uploads beside training: what is committed arrives, limits hold there too, and no place can stop
-or hang a run.
+"""Uploads during training: committed checkpoints arrive, limits apply there too, and no place can
+stop or hang a run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.support.fake_checkpoints import (
 from tests.support.remote_places import CREDENTIALS, closed_port, s3_server
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}
-NO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 0}}}  # of botocore, besides ours
+NO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 0}}}  # of botocore, in addition to ours
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_place_that_cannot_be_reached_fails_no_training_and_gets_everything_la
 def test_an_older_one_stays_there_until_the_best_weights_have_arrived(
     paths: RunPaths, tmp_path: Path
 ) -> None:
-    """The upload of step 8, the best, fails; alone, step 12 could not be continued."""
+    """The upload of step 8, the best, fails; alone, step 12 could not be resumed."""
     recipe = make_recipe(f"file://{tmp_path / 'place'}", load="true")
     folder = remote_folder(recipe)
     train_on(paths, recipe, 4)
@@ -204,7 +204,7 @@ def test_an_older_one_stays_there_until_the_best_weights_have_arrived(
         == 4
     )
     folder.delete(4)
-    with pytest.raises(RefusedError, match="none can be continued"):
+    with pytest.raises(RefusedError, match="none can be resumed"):
         choose_resume_step(make_paths(tmp_path / "third"), recipe, FINGERPRINT, "auto", folder)
     in_the_way.rmdir()
     train_on(paths, recipe, 20, attempt=3)

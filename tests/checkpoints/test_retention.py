@@ -80,7 +80,7 @@ def test_pruning_touches_nothing_but_committed_checkpoints(paths: RunPaths) -> N
 
 
 def test_times_of_folders_say_nothing(paths: RunPaths) -> None:
-    """As after a copy without times, or a clock that was set back: the newest is the one with the
+    """After a copy without times, or a clock that was set back, the newest is the one with the
     highest step.
     """
     commit(paths, 4, 8, 12, 16, values=VALUES)
@@ -92,7 +92,7 @@ def test_times_of_folders_say_nothing(paths: RunPaths) -> None:
 
 def test_what_this_run_has_not_written_is_neither_deleted_nor_counted(paths: RunPaths) -> None:
     commit(paths, 4, 8, 12, values=VALUES)
-    # Somebody keeps another run's here.
+    # A user keeps another run's checkpoint here.
     commit_under(paths, 2, {**FINGERPRINT, "recipe_digest": "e" * 64})
     commit_under(paths, 99, {**FINGERPRINT, "recipe_digest": "e" * 64})
     # A copy under another step's name.
@@ -209,8 +209,8 @@ def test_weights_that_only_deepspeed_holds_are_not_stripped(paths: RunPaths) -> 
 
 
 def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
-    """Commit, archive, prune and strip: killed before every single change of a file, and done from
-    what is left.
+    """Commit, archive, prune and strip are killed before every single change of a file, then
+    finished from the rest.
     """
     limits = make_limits(save_optimizer=False, archive="zip", keep_latest=2)
     known = {step: [(at, value) for at, value in VALUES.items() if at <= step] for step in VALUES}

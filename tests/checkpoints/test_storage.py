@@ -1,5 +1,5 @@
-"""Archives at a remote place: whole or not there, never mixed with another experiment's, errors in
-words.
+"""Archives at a remote place: complete or absent, never mixed with another experiment's, clear
+errors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Bad input is refused before any training, in words that name the file, the row, the key and the
-way out.
-
-Each case goes through `runner check`, all of them in one call, and through what training does
-before it loads a model.
+"""Bad input is refused before any training, with the file, the row, the key and a remedy. Each case
+goes through `runner check`, all of them in one call, and through the start of training up to the
+loading of the model.
 """
 
 from __future__ import annotations
@@ -272,7 +270,7 @@ CASES = {
 def broken(
     tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
 ) -> Project:
-    """A project with one recipe per case, each with a data file of its own."""
+    """A project with one recipe per case, each with its own data file."""
     project = make_project(tmp_path_factory.mktemp("broken"), data_path, tiny_model)
     for family in ("gemma", "phi"):
         project.add_model(family)

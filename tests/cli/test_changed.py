@@ -1,4 +1,4 @@
-"""Changed runs in a sweep: told once, and moved into one dated folder by `--fresh`."""
+"""Changed runs in a sweep: reported once, and moved into one dated folder by `--fresh`."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_a_run_that_is_running_is_skipped_by_fresh(
 def test_the_numbers_of_runs_whose_data_changed_are_still_reported(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a run directory, the report says what it recorded."""
+    """The report of a run directory shows the recorded numbers."""
     fake.add("a", "b")
     assert main(["sweep", "recipes/toy"]) == 0
     (fake.root / "data.jsonl").write_text('{"other": 1}\n')

@@ -72,7 +72,7 @@ def test_seeds_of_their_own_explain_two_runs_of_cells_with_several(
     shown = capsys.readouterr().out
     assert ("seeds of their own" in shown) == has_several
     assert ("does not explain** training.seed" in shown) != has_several
-    if has_several:  # another number is another seed, whoever derives it
+    if has_several:  # another number is another seed, even if it is derived
         assert main([*arms[:2], "completion_s2", "--axis", "loss"]) == 1
     assert main([*BOTH_LOSSES, "--axis", "loss"]) == (0 if has_several else 1)
 

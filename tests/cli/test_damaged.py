@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text = RECIPE_TEXT.replace("name: base", f"name: {name}")
         Path(f"recipes/{name}.yaml").write_text(text.replace("model: gemma", f"model: {name}"))
         complete(name)
-    settle(content_cache_path(RUNS))  # else hashes of what was written just now are kept again
+    settle(content_cache_path(RUNS))  # otherwise hashes of new files are kept again
     add_files(paths_of("hurt"))
     add_files(paths_of("whole"))
     return tmp_path
@@ -92,7 +92,7 @@ def complete(name: str) -> None:
 
 @pytest.fixture
 def say(folder: Path, capsys: pytest.CaptureFixture[str]) -> Say:
-    """`runner ARGUMENTS`: the exit code, and what it printed."""
+    """Run `runner ARGUMENTS`; the exit code and the output."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -289,7 +289,7 @@ def test_a_result_that_its_rows_contradict_is_damaged(say: Say) -> None:
     result = load_json(paths.result_path)
     add_files(paths)
     result["tuned"]["test"] = SCORE | {"completion_nll_sum": 9.0}
-    write_json_atomic(paths.result_path, result)  # no manifest: the rows are what tells
+    write_json_atomic(paths.result_path, result)  # no manifest: only the rows show it
     code, output, errors = say("report", "--verify", "recipes", "--format", "csv")
     assert (
         code == 1
@@ -389,7 +389,7 @@ def test_a_result_that_is_lost_is_damage_and_trains_nothing(
 
 
 def forget_end(name: str) -> None:
-    """The run as it was before its trainer wrote the result and its launcher the end."""
+    """Restore the run from before training wrote the result and its launcher the end."""
     paths = paths_of(name)
     paths.result_path.unlink()
     (attempt,) = load_json(paths.record_path)["attempts"]

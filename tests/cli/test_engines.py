@@ -1,4 +1,4 @@
-"""Engines are found by their files: what each offers, and one that is nothing but a new file."""
+"""Engines are found by their files: the options of each, and an engine that is only a new file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first hour of somebody new: what is missing, mistyped or in the wrong place is said in words,
+"""The first hour of a new user: a message names everything missing, mistyped or in the wrong place,
 before anything is started or moved.
 """
 
@@ -200,7 +200,7 @@ def test_rerun_counts_what_was_never_started(
     capsys.readouterr()
     assert main(["rerun", "recipes/toy", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "skip    3 runs were never started (`rerun` only continues started runs)\n" in said
+    assert "skip    3 runs were never started (`rerun` only resumes started runs)\n" in said
     assert "toy/b" not in said and said.count("never started") == 1
 
 

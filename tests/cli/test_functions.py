@@ -1,5 +1,5 @@
-"""Functions of the project through the command line: asked for once per content, run by `check` and
-`masks`, refused before anything starts, and in words that name the row.
+"""Functions of the project through the command line: confirmed once per content, run by `check` and
+`masks`, refused before anything starts, with errors that name the row.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ BAD_CODE = {
 
 
 def test_check_names_what_is_wrong_with_a_function(study: Project) -> None:
-    """All in one call: each case is a recipe with a file of its own."""
+    """All in one call: each case is a recipe with its own file."""
     (study.root / "study.json").unlink()
     for number, (replaced, text, _) in enumerate(BAD_CODE.values()):
         (study.root / f"bad{number}.py").write_text(text)

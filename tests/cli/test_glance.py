@@ -136,7 +136,7 @@ def edit(path: Path, before: str, after: str) -> None:
 
 
 def put(name: str, old: str, new: str) -> Callable[[], None]:
-    """A record that is replaced, as a launch or a trainer does."""
+    """Replace a record, as a launch or a training process does."""
 
     def change() -> None:
         path = RUN_DIR / name
@@ -239,7 +239,7 @@ def test_status_makes_no_output_root(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_sweep_does_not_read_the_cache(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that is wrong in a way that no checksum tells."""
+    """The cached recipe is wrong in a way that no checksum shows."""
     ask(capsys)
     content = json.loads(recipe_cache_path(RUNS).read_text())
     content["recipes"] = {name: ["no", "such"] for name in content["recipes"]}

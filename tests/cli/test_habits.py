@@ -1,4 +1,4 @@
-"""Options of other trainers on our command line: exit 2, and the words to paste."""
+"""Options of other trainers on our command line: exit code 2, and the equivalent to paste."""
 
 from __future__ import annotations
 

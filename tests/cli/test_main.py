@@ -1,4 +1,4 @@
-"""The command line: fast, without torch, exit codes, errors in words, output for people and for
+"""The command line: fast, without torch, exit codes, clear errors, output for people and for
 scripts.
 """
 
@@ -316,7 +316,7 @@ def test_a_closed_output_is_141(fake: FakeLauncher, monkeypatch: pytest.MonkeyPa
     )
     os.close(writable)
     assert (done.returncode, done.stderr) == (141, b"")
-    assert fake.events() == [], "a sweep that cannot say what it does does nothing"
+    assert fake.events() == [], "a sweep that cannot print does nothing"
 
 
 def test_the_names_of_overridden_runs_differ_when_the_overrides_do() -> None:

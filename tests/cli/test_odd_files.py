@@ -1,5 +1,5 @@
-"""Whatever has the name of a file that a verb reads: it answers in words that name the file, does
-not wait for it, and reads no more of it than such a file can have.
+"""Odd objects under the name of a file that a verb reads: the verb names the file in its error,
+does not wait for it, and reads no more than such a file can hold.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ FOLDERS: Final = (
     "../../.slurm",
 )
 Make = Callable[[Path], Any]
-# What a file may be instead; a folder, likewise but for the first.
+# Odd objects in place of a file; all but the first also in place of a folder.
 KINDS: Final[dict[str, Make]] = {
     "a folder": Path.mkdir,
     "a pipe": os.mkfifo,

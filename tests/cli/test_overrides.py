@@ -88,7 +88,7 @@ def test_one_experiment_is_one_run_however_it_is_spelled(
     assert len(fake.started()) == 4, "a micro-batch is no spelling"
     fake.paths(names[0]).recipe_path.write_text("{")
     assert main(["launch", "a", "training.learning_rate=0.0001", "data.seed=2"]) == 0
-    assert len(fake.started()) == 5, "what cannot be read is nobody's run"
+    assert len(fake.started()) == 5, "an unreadable run matches nothing"
     assert main(["sweep", "toy", LR, "training.learning_rate=2e-4"]) == 2
     assert "training.learning_rate is given twice" in capsys.readouterr().err
 
@@ -99,7 +99,7 @@ def test_overrides_have_to_fit_the_recipes_that_are_selected(
     fake.add("a", "bb", "ccc")
     other = fake.root / "recipes/toy/bb.yaml"
     other.write_text(other.read_text().replace("max_steps: 2", "num_train_epochs: 1"))
-    steps = "training.max_steps=1"  # beside epochs, one too many
+    steps = "training.max_steps=1"  # in addition to epochs, one too many
     assert main(["sweep", "toy", steps, "--where", "size=1,3", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "recipes/toy/a.yaml",
@@ -204,7 +204,9 @@ def test_a_name_goes_with_every_verb(
     ], "recipes, and the run directories of variants"
     assert main(["report", "toy"]) == 0
     told = capsys.readouterr().out
-    assert VARIANT in told and "3 runs, 1 pending, 2 completed" in told, "what has not begun counts"
+    assert VARIANT in told and "3 runs, 1 pending, 2 completed" in told, (
+        "runs that have not begun count"
+    )
     assert main(["launch", "a", "data.seed=2"]) == 0
     capsys.readouterr()
     main(["report", "toy"])

@@ -1,5 +1,5 @@
-"""A command works in the project of what it names, wherever it is started: it reads the same files,
-writes to the same runs, and prints commands that can be pasted where the user is.
+"""A command works in the project of its arguments, no matter where it is started: it reads the same
+files, writes to the same runs, and prints commands that can be pasted in the user's folder.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_what_is_no_path_here_is_one_of_the_project(
     expected = said("status", "recipes/toy")
     monkeypatch.chdir(study.root / "sub")
     assert said("status", "recipes/toy")[:2] == expected[:2]
-    # What is a path here is that one, whatever the project has.
+    # A path that exists here has precedence over the project's.
     (study.root / "sub" / "recipes" / "toy").mkdir(parents=True)
     code, _, err = said("status", "recipes/toy")
     assert code == 2 and "no recipe, run or grid is named 'sub/recipes/toy'" in err

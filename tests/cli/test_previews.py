@@ -89,7 +89,7 @@ def build(fake: FakeLauncher) -> Callable[[str], FakeLauncher]:
 
 
 def keep_times(change: Callable[[Path], object], path: Path) -> None:
-    """As whoever wants to hide a change does it."""
+    """Restore the times, as a user does who wants to hide a change."""
     state = path.stat()
     change(path)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))

@@ -79,7 +79,7 @@ def test_a_launch_that_is_ended_while_it_pushes_has_completed_its_run(
 
 
 def test_the_reason_of_a_push_is_its_own(fake: FakeLauncher, hub: FakeHub) -> None:
-    """Not that of an earlier one, which `push.json` may still tell of."""
+    """It is not that of an earlier push, which `push.json` may still hold."""
     for name in ("a", "b", "c"):
         add(fake, name)
         complete_unpushed(fake, hub, name)

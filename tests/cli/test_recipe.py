@@ -25,7 +25,7 @@ def test_a_pipe_gets_one_line_for_each_key(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr()
     (line,) = [one for one in printed.out.splitlines() if " training.seed " in one]
     assert "required" in line and "random seed" in line
-    assert printed.err == "", "nothing but data, in a pipe"
+    assert printed.err == "", "only data, in a pipe"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
@@ -39,7 +39,7 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
 
 
 def run_in_terminal(width: int, *arguments: str) -> list[str]:
-    """The lines that a terminal of a width shows; colours and the like would be seen."""
+    """The lines that a terminal of a width shows; colors and the like would be seen."""
     import fcntl
     import struct
     import termios

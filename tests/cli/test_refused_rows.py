@@ -98,7 +98,7 @@ COLUMNS: Final = [
         "{name: squad_v2, prompt: '{context} {question}'}",
     ),
 ]
-# What each task asks of its own columns.
+# The demands of each task on its own columns.
 SST2: Final = "{name: sst2, prompt: '{sentence}'}"
 SQUAD: Final = "{name: squad_v2, prompt: '{context} {question}'}"
 PARAGRAPH: Final = {"context": "a", "question": "b"}
@@ -202,7 +202,7 @@ ALL: Final = [*MESSAGES, *COLUMNS, *TASKS, *DRAWN]
 def refused(
     tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
 ) -> Project:
-    """A project with one recipe per case, each with a data file of its own."""
+    """A project with one recipe per case, each with its own data file."""
     project = make_project(tmp_path_factory.mktemp("refused"), data_path, tiny_model)
     project.add_model("gemma")
     for number, case in enumerate(ALL):

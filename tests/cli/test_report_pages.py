@@ -1,4 +1,4 @@
-"""`runner report --html`: where the pages go, and what is refused."""
+"""`runner report --html`: the place of the pages, and refusals."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Two commands at once on one grid and one output root: each run is executed once, whoever comes
-first.
+"""Two simultaneous commands on one grid and one output root: each run is executed once, in any
+order.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def test_sweeps_started_together_twenty_times(
 
 
 def kill_one_of_two(fake: FakeLauncher, chance: random.Random, num_kills: int) -> None:
-    """Two sweeps; again and again one of them is killed and started anew, until both end by
-    themselves.
-    """
+    """Two sweeps, of which one is killed and started again until both end normally."""
     fake.add(*NAMES)
     sweeps = [fake.start("sweep", "recipes/toy", "--slots", "2") for _ in range(2)]
     for _ in range(num_kills):
@@ -121,8 +119,8 @@ def test_sweeps_that_are_killed_beside_another_one(fake: FakeLauncher, seed: int
 
 
 def start_between(fake: FakeLauncher, told: str) -> subprocess.Popen[str]:
-    """A sweep that has decided to run `b`, and has waited with `a` while another one was told
-    something else of `b`.
+    """A sweep that has decided to run `b`, and has waited with `a` while another sweep changed the
+    state of `b`.
     """
     fake.add("a", told="wait")
     fake.add("b", told=told)
@@ -172,7 +170,7 @@ def test_a_running_run_is_not_moved_aside(
 
 
 def test_fresh_launches_and_sweeps_of_one_run_move_it_aside_whole(fake: FakeLauncher) -> None:
-    """Each attempt ends in a directory of its own, and nothing is lost of those that were moved."""
+    """Each attempt ends in its own directory, and nothing that was moved is lost."""
     fake.add("a")
     assert main(["sweep", "recipes/toy"]) == 0
     commands = [("launch", "recipes/toy/a.yaml", "--fresh"), ("sweep", "recipes/toy")] * 3
@@ -194,9 +192,7 @@ def test_fresh_launches_and_sweeps_of_one_run_move_it_aside_whole(fake: FakeLaun
 
 
 def test_the_cache_of_hashes_survives_many_writers(tmp_path: Path) -> None:
-    """Each file is hashed rightly, whatever another process writes into the shared cache
-    meanwhile.
-    """
+    """Each file gets the right hash while other processes write into the shared cache."""
     program = (
         "import json, sys\nfrom pathlib import Path\nfrom runner.recipe.contents import"
         " ContentHashes\nroot = Path(sys.argv[1])\nfor number in range(40):\n    hashes ="

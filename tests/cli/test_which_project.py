@@ -108,7 +108,7 @@ def test_paths_of_two_projects_are_refused(
     empty = tmp_path_factory.mktemp("empty")
     code, _, err = said("report", empty)
     assert code == 2 and "nor run directories (folders with a recipe.json)" in err
-    # What ran is compared by what the runs recorded.
+    # Started runs are compared by their records.
     code, out, _ = said("report", "runs/toy", other / "runs" / "toy" / "a")
     assert code == 0 and out != ""
 

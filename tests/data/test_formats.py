@@ -1,5 +1,5 @@
-"""Reading data files: what spreadsheets and other tools write is read, what is damaged is refused
-in words.
+"""Reading data files: files of spreadsheets and other tools are read, damaged ones are refused with
+a clear error.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def test_members_one_after_the_other_are_one_file(suffix: str, tmp_path: Path) -
 def test_many_equal_rows_are_no_bomb(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 100_000, mtime=0))
-    assert path.stat().st_size < 9_000, "a hundredth of what it holds"
+    assert path.stat().st_size < 9_000, "a hundredth of its content"
     assert len(load(path)) == 100_000
 
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a data file: rows of conversations, or a refusal in words that says where;
+"""Random content of a data file gives rows of conversations, or a refusal that names the place;
 never a traceback.
 """
 
@@ -98,7 +98,7 @@ GOOD: Final = {
 }
 
 
-# Enough for a small test and validation split whatever stands beside them.
+# Enough for a small test and validation split next to any other rows.
 MORE: Final[list[Any]] = [
     GOOD
     | {"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]}

@@ -135,7 +135,7 @@ def chats(draw: st.DrawFn, has_system: bool = True) -> Chat:
 
 
 def tokens_touching(mask: MaskedConversation, intervals: list[tuple[int, int]]) -> list[int]:
-    """The tokens that stand for at least one character of the intervals: the slow and obvious
+    """The tokens that cover at least one character of the intervals, found in the slow and obvious
     way.
     """
     return [

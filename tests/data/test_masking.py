@@ -1,4 +1,4 @@
-"""Masks of single cases: hostile texts, edges of turns and templates, and what is refused."""
+"""Masks of single cases: hostile texts, edges of turns and templates, and refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mask_conversation(
     return ConversationMasker(tokenizer, chat_format).mask(messages)
 
 
-# --- what nobody can say to move a mask
+# --- texts that must not move a mask
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +104,7 @@ def test_a_role_header_is_not_trained_on_where_the_template_has_no_generation_pr
 
 
 def test_a_generation_prompt_that_is_printed_unasked_is_no_part_of_the_turn() -> None:
-    """As under Cohere's Command R7B: the model itself opens its response."""
+    """An example is Cohere's Command R7B, where the model itself opens its response."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>"
         "{% if m.role == 'assistant' %}<|open|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"

@@ -42,7 +42,7 @@ def list_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_manifest(folder: Path) -> None:
-    """As whoever writes the entry does in the end."""
+    """Write the manifest as the last step of an entry."""
     write_json_atomic(folder / "manifest.json", {"files": dict.fromkeys(list_files(folder), "")})
 
 
@@ -219,7 +219,9 @@ def test_an_entry_of_another_shape_is_not_read(
 
 @pytest.mark.parametrize("name", ["../train-00000.arrow", "{folder}/train-00000.arrow", "..", "."])
 def test_an_entry_has_its_rows_from_nowhere_else(entry: Path, tmp_path: Path, name: str) -> None:
-    """Though a manifest names them: whoever writes that is not us."""
+    """Paths elsewhere are refused even if a manifest names them, because the runner never writes
+    them.
+    """
     (entry / "train-00000.arrow").rename(tmp_path / "train-00000.arrow")
     name = name.format(folder=tmp_path)
     rows, manifest = load_json(entry / "rows.json"), load_json(entry / "manifest.json")

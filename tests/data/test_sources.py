@@ -1,4 +1,4 @@
-"""Reading a source: the rows of the split that it names, and what stands beside them."""
+"""Reading a source: the rows of the split that it names, and of the files next to them."""
 
 from __future__ import annotations
 

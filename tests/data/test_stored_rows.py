@@ -1,4 +1,4 @@
-"""Rows in files of columns are the rows that were written, for whoever asks for them."""
+"""Rows in files of columns are equal to the rows that were written, for every reader."""
 
 from __future__ import annotations
 
@@ -74,12 +74,14 @@ def test_a_data_set_of_stored_rows_has_their_labels(
     ]
     expected += [{"input_ids": [7, 7], "labels": [IGNORE_INDEX] * 2}] * num_padding
     assert list(dataset) == expected and dataset[1] == expected[1]
-    assert dataset.column_names == ["input_ids", "labels"]  # a trainer drops any other
+    assert dataset.column_names == ["input_ids", "labels"]  # TRL's trainer drops any other
     assert dataset.remove_columns([])[:2]["labels"] == [row.labels(loss) for row in ROWS[:2]]
 
 
 def test_rows_outlive_their_files(tmp_path: Path) -> None:
-    """An entry may be removed while the model loads, before a trainer asks for the data set."""
+    """An entry may be removed while the model loads, before the training process builds the data
+    set.
+    """
     stored = store(tmp_path, ROWS[:1], ROWS[1:])
     for path in stored.paths:
         path.unlink()

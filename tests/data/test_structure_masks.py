@@ -1,5 +1,5 @@
-"""Masks of conversations with tools, calls and thoughts: their trained texts, written out, and what
-is refused by name.
+"""Masks of conversations with tools, calls and thoughts: their trained texts, written out, and
+refusals by name.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def mask(
     tokenizer = build_tokenizer("bytes", template, special=[*SPECIAL_TOKENS, "<|observation|>"])
     masker = ConversationMasker(tokenizer, ChatFormat(**{"moment": DAY, **chat_format}))
     masked = masker.mask(messages, tools, turns=turns, untrained=untrained)
-    # What is trained on is what the characters say.
+    # The trained tokens are exactly these characters.
     for completion, (start, end) in zip(masked.completions, masked.completion_chars, strict=True):
         labels = build_labels(masked.input_ids, [completion.span], "completion")
         trained = [label for label in labels if label >= 0]
@@ -187,7 +187,7 @@ def test_an_earlier_turn_is_rewritten_where_it_is_not_printed_as_it_was_written(
 
 
 def test_the_contents_of_a_turn_are_its_texts_and_nothing_of_the_template() -> None:
-    """So its bits per byte compare across templates, whatever they print around thoughts and
+    """So its bits per byte are comparable across templates with different text around thoughts and
     calls.
     """
     chat = [

@@ -34,7 +34,7 @@ FEW = settings(
 )
 SPECIAL = [*SPECIAL_TOKENS, *CALL_TOKENS]
 
-# Of TRL's templates those that print calls, and those that print thoughts.
+# TRL's templates that print calls, and those that print thoughts.
 PRINTING_CALLS = [
     *("diffusion_gemma", "gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"),
     *("glm4moe", "gptoss", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "lfm2_v2"),
@@ -86,7 +86,7 @@ def test_the_templates_that_print_calls_and_thoughts_are_these() -> None:
     assert [name for name in names if is_masked(name, THINKING, [])] == PRINTING_THOUGHTS
 
 
-# --- random conversations: every text begins with a word of its own
+# --- random conversations: every text begins with a unique word
 
 texts = st.lists(
     st.one_of(

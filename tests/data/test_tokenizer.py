@@ -117,7 +117,7 @@ def test_every_rendering_of_a_recipes_tokenizer_is_in_its_format(
     assert end_of_turn_ids(tokenizer) == (tokenizer.convert_tokens_to_ids("<end_of_turn>"),)
     prompt = ChatTemplate(tokenizer).render(CHAT[:1], METHOD_TEXT, add_generation_prompt=True)
     assert prompt == "fine 03.02.2001<start_of_turn>q"
-    # What is saved is the template of the file, and nothing of the recipe.
+    # The saved template is that of the file, without changes by the recipe.
     tokenizer.save_pretrained(tmp_path / "saved")
     files = [file.read_text() for file in (tmp_path / "saved").glob("*.json*")]
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == DATED

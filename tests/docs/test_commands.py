@@ -16,7 +16,7 @@ from tests.docs import documents
 from tests.docs.documents import DOCS, DOCUMENTS, list_runner_commands
 
 GRIDS = sorted(path.parent.name for path in (ROOT / "recipe_templates").glob("*/grid.yaml"))
-OWN_GRID = "first"  # what `runner init` calls the grid of a new project
+OWN_GRID = "first"  # the name that `runner init` gives to the grid of a new project
 MAKE_TARGETS = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 

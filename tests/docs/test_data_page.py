@@ -1,4 +1,4 @@
-"""Every example row of docs/data.md is read under the task that stands above it."""
+"""Every example row of docs/data.md is read under the task that is named above it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_example_row_is_read(section: str, line: str) -> None:
 
 
 def test_the_page_shows_rows_of_every_task() -> None:
-    """But for functions of the project, which the page shows as Python."""
+    """Functions of the project are excepted; the page shows them as Python."""
     tasks = [get_args(task.model_fields["name"].annotation)[0] for task in find_tasks()]
     shown = " ".join(section for section, _ in list_examples())
     assert [name for name in tasks if name not in shown] == ["python"]

@@ -43,7 +43,7 @@ def test_the_readme_shows_a_picture_and_links_to_the_index() -> None:
 
 
 def test_the_terms_of_the_glossary_are_in_order() -> None:
-    """As the page says: within each of its sections."""
+    """The page promises alphabetical order within each section."""
     page = (DOCS / "glossary.md").read_text(encoding="utf-8")
     sections = [
         re.findall(r"^\| (?!term|---)([^|]+) \|", part, re.M) for part in page.split("\n## ")

@@ -19,7 +19,7 @@ DOCUMENTS = [
     *(ROOT / "runner").rglob("*.py"),
     *(ROOT / "benchmarks").glob("*.py"),
 ]
-HISTORY = ROOT / "CHANGELOG.md"  # names what was, too
+HISTORY = ROOT / "CHANGELOG.md"  # also names earlier files
 
 
 def find_module(name: str) -> bool:

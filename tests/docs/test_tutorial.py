@@ -85,7 +85,7 @@ def hide_numbers(text: str) -> str:
 
 
 def play(shell: Shell, blocks: list[Block]) -> None:
-    """Run the blocks of a page and compare what they print with what the page quotes."""
+    """Run the blocks of a page and compare their output with the quotes of the page."""
     printed = ""
     for block in blocks:
         kind, *words = block.info.split()

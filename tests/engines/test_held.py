@@ -72,7 +72,7 @@ def test_a_stopped_sweep_says_what_another_one_has_taken_up_meanwhile(fake: Fake
     fake.let_go("b")
     code, _, stderr = finish(stopped)
     assert code == 130 and "[1/2] toy/b  completed\n" in stderr
-    assert "stopped, preempted" not in stderr, "each is told once, by what becomes of it"
+    assert "stopped, preempted" not in stderr, "each is reported once, by its end"
     assert f"  toy/a  is now run by another sweep (process {other.pid} on " in stderr
     fake.let_go("a")
     assert finish(other)[0] == 0
@@ -107,7 +107,7 @@ def test_a_run_that_somebody_stops_is_left(fake: FakeLauncher) -> None:
     assert f"toy/b stopped, {reason}" in stderr
     assert stderr.endswith("\n2 runs: 1 completed, 1 interrupted\n")
     assert list_kinds(fake, "b") == ["preempted"]
-    assert main(["sweep", "recipes/toy"]) == 0, "who asks anew gets it"
+    assert main(["sweep", "recipes/toy"]) == 0, "a new request gets it"
 
 
 def test_a_request_to_stop_outlives_the_sweep_that_was_to_carry_it_out(fake: FakeLauncher) -> None:
@@ -136,7 +136,7 @@ def test_a_run_that_the_other_sweep_completes_counts_as_such(fake: FakeLauncher)
 
 
 def start_both_pushing(fake: FakeLauncher, hub: FakeHub) -> tuple[Sweep, Sweep]:
-    """As `start_both`, once the sweep that holds `b` has completed it and is pushing it."""
+    """As `start_both`, but the sweep that holds `b` has completed it and is pushing it."""
     add(fake, "b")
     fake.add("a", told="wait")
     fake.tell("b", "wait complete model")
@@ -311,7 +311,7 @@ def test_each_held_run_is_named_once(fake: FakeLauncher) -> None:
     held = HeldRuns()
     for one in select_recipes(["recipes/toy"], Path("runs")):
         held.add(Launch(one, {}, 1))
-        said = held.describe_untold()
+        said = held.describe_unreported()
         assert said is not None and said.startswith("waiting for 1 run that another sweep holds")
         assert said.count("toy/") == 1 and one.full_name in said
-    assert held.describe_untold() is None
+    assert held.describe_unreported() is None

@@ -71,7 +71,9 @@ def test_the_api_server_s_further_rules_are_met() -> None:
         spec = job["spec"]
         pod = spec["template"]["spec"]
         assert spec["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
-        assert spec["podReplacementPolicy"] == "Failed", "the only one beside a failure policy"
+        assert spec["podReplacementPolicy"] == "Failed", (
+            "the only one allowed with a failure policy"
+        )
         assert (
             0 <= spec["maxFailedIndexes"] <= spec["completions"]
             and spec["backoffLimitPerIndex"] >= 0

@@ -1,5 +1,5 @@
-"""Sweeps over real processes: how many at a time, on which devices, and what is left when one is
-stopped or killed.
+"""Sweeps over real processes: the number of simultaneous runs, their devices, and the remains of a
+stopped or killed sweep.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ def test_devices_give_a_run_the_cores_of_its_share() -> None:
     both = devices.take(2)
     assert both == Placement(2, ("0", "1"), 2 * max(1, cores // 2))
     assert devices.take(1) is None
-    devices.give_back(both)
+    devices.release(both)
     assert devices.take(1) == Placement(1, ("0",), max(1, cores // 2))
     slots = Devices(1)
     slot = slots.take(4)
     assert slot == Placement(4, None, cores) and slots.take(1) is None
-    slots.give_back(slot)
+    slots.release(slot)
     assert slots.take(1) is not None
 
 
@@ -439,7 +439,7 @@ def test_dry_run_touches_nothing(fake: FakeLauncher, capsys: pytest.CaptureFixtu
 
 def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
     """The record of `b` cannot be written, as on a full disk: `a`, which runs, and `c`, which
-    waits, go on.
+    waits, continue.
     """
     fake.add("a", told="wait")
     fake.add("b", "c")

@@ -1,6 +1,4 @@
-"""The cluster that the Slurm tests run on gives each task devices of its own, and is gone when it
-is over.
-"""
+"""The cluster of the Slurm tests gives each task its own devices, and is gone at the end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`--gpus` and `--per-gpu` of sweeps: which GPU each run gets, and what is refused before anything
-starts, in a dry run as in a real one.
+"""`--gpus` and `--per-gpu` of sweeps: the GPU of each run, and refusals before anything starts, in
+dry runs and real ones.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def test_places_on_gpus() -> None:
     assert devices.take(2) is None, "one place, on one GPU"
     last = devices.take(1)
     assert last == place(1, "1") and devices.take(1) is None
-    devices.give_back(one)
+    devices.release(one)
     assert devices.take(2) is None and devices.take(1) == one
 
 

@@ -56,7 +56,7 @@ def test_each_kind_has_a_budget_and_the_last_outcome_counts(
     assert list_ends(fake, "b") == [(0, "lost"), (1, "lost")]
     stderr = capsys.readouterr().err
     assert stderr.count("toy/a failed, transient: x") == 1 and "[2/2]" in stderr
-    assert main(["sweep", "recipes/toy"]) == 1, "somebody asked: the budget is whole again"
+    assert main(["sweep", "recipes/toy"]) == 1, "a user started it: the budget is full again"
     assert [retry for retry, _ in list_ends(fake, "a")] == [0, 1, 2] * 2
 
 
@@ -67,7 +67,7 @@ def test_each_kind_has_a_budget_and_the_last_outcome_counts(
 def test_launch_returns_a_code_for_each_kind(kind: FailureKind, fake: FakeLauncher) -> None:
     fake.add("a", told=f"fail {kind} because")
     assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES[kind]
-    assert list_ends(fake, "a") == [(0, kind)], "never by itself"
+    assert list_ends(fake, "a") == [(0, kind)], "never automatically"
 
 
 def test_launch_tries_again_too(fake: FakeLauncher) -> None:

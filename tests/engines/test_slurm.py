@@ -96,7 +96,7 @@ def test_its_tasks_are_told_to_score_the_base_themselves(tmp_path: Path) -> None
 
 
 class Job:
-    """One task of a script, executed by bash, with a `runner` that does as it is told."""
+    """One task of a script, executed by bash, with a scripted `runner`."""
 
     def __init__(self, root: Path, *, code: int, end_at: str = "") -> None:
         self.notes = root / "notes"
@@ -177,7 +177,7 @@ def test_scancel_after_the_warning_does_not_queue_again_either(tmp_path: Path) -
     job.send(signal.SIGUSR1)
     while job.read("signals") != ["USR1"]:
         os.sched_yield()
-    # A second warning must not reach the run, for which it would mean: at once.
+    # A second warning must not reach the run, where it would mean: stop immediately.
     job.send(signal.SIGUSR1)
     job.send(signal.SIGTERM)
     os.kill(find_child(job.process.pid), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Sweeps on a real Slurm: each run is executed once, whatever happens to jobs, daemons and
+"""Sweeps on a real Slurm: each run is executed once, despite failures of jobs, daemons and
 machines.
 """
 
@@ -46,8 +46,8 @@ def use(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def submissions(fake: FakeLauncher, output_root: str = "runs") -> list[dict[str, Any]]:
-    """The submissions below an output root, in the order of the cluster's job numbers: two
-    folders of one second are told apart by a random name.
+    """The submissions below an output root, in the order of the cluster's job numbers: two folders
+    of one second differ in a random name.
     """
     found = map(load_json, fake.root.glob(f"{output_root}/.slurm/*/submission.json"))
     return sorted(found, key=lambda one: int(one["job"] or 0))
@@ -141,7 +141,7 @@ def test_a_queued_run_whose_recipe_has_changed_is_refused(
     output = capsys.readouterr().out
     assert f"refuse  toy/a  queued with another recipe; run `scancel {array}_0` first" in output
     assert "training.max_steps: 2 -> 3" in output
-    slurm.run("scontrol", "release", array)  # what was submitted is what is executed
+    slurm.run("scontrol", "release", array)  # the submitted recipe is executed
     wait_until_done(slurm)
     assert load_json(fake.paths("a").recipe_path)["recipe"]["training"]["max_steps"] == 2
 
@@ -149,7 +149,7 @@ def test_a_queued_run_whose_recipe_has_changed_is_refused(
 def test_a_changed_run_that_is_queued_is_not_moved(
     slurm: LocalSlurm, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its task would find the directory gone, and begin with the recipe of before."""
+    """Otherwise its task would not find the directory, and would start the old recipe."""
     fake.add("a", told="exit 1")
     assert main(["sweep", "recipes/toy"]) == 1
     fake.tell("a", "complete")
@@ -281,7 +281,7 @@ def test_a_controller_that_is_away_loses_nothing(
     fake.let_go(first)
     wait_until(lambda: is_completed(fake, first), "the run ends without a controller")
     own_slurm.start_controller()
-    assert main(SWEEP) == 0  # whatever the controller has forgotten is submitted again
+    assert main(SWEEP) == 0  # jobs that the controller has forgotten are submitted again
     own_slurm.wait_until_idle()
     assert is_completed(fake, "a", "b") and sorted(fake.started()) == ["a", "b"]
 

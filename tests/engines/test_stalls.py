@@ -99,7 +99,7 @@ def test_what_was_stopped_is_continued(fake: FakeLauncher) -> None:
 
 
 def test_what_is_slow_is_no_hang(fake: FakeLauncher) -> None:
-    """Each of the others takes longer than what is ended beside it."""
+    """Each slow run takes longer than the hanging one, which is ended."""
     fake.add("a", told="stall", retries="stalled: 0", stall_seconds=LIMIT)
     fake.add("b", told="phase evaluating live 15", stall_seconds=LIMIT)
     fake.add("c", told="phase compiling wait", stall_seconds=LIMIT)
@@ -118,7 +118,7 @@ def test_what_is_slow_is_no_hang(fake: FakeLauncher) -> None:
 
 
 def test_a_watcher_that_was_stopped_has_watched_nobody(fake: FakeLauncher) -> None:
-    """It is stopped for longer than the limit, which the hanging run beside it shows."""
+    """The watcher is stopped for longer than the limit, as the hanging run shows."""
     limit = 2.5
     fake.add("a", "c", told="wait", stall_seconds=limit)
     sweep = fake.start("sweep", "recipes/toy", "--slots", "2")

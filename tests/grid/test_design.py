@@ -1,4 +1,4 @@
-"""Contrasts that a grid declares and seeds that its cells have of their own, in its recipes."""
+"""Recipes of grids with declared contrasts, and with separate seeds per cell."""
 
 from __future__ import annotations
 

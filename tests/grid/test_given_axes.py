@@ -97,7 +97,7 @@ def test_names_are_short_and_each_value_has_one(
     for recipe in recipes.values():
         training = recipe.training
         assert training.bf16 == (recipe.model.dtype == "bfloat16")
-        # Of two keys that exclude each other, the axis is the one that is stated.
+        # If two keys exclude each other, the stated one is the axis.
         assert ("num_train_epochs" in recipe.run.axes) == (training.max_steps is None)
         assert ("gradient_accumulation_steps" in recipe.run.axes) == (
             training.global_batch_size is None

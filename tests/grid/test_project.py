@@ -1,5 +1,5 @@
-"""`runner init`: what it makes works at once, fits the rows and models given, and is all there or
-not at all.
+"""`runner init`: the project works immediately, fits the given rows and models, and is complete or
+absent.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_the_printed_commands_work(
     assert "hint: runner demo-models" in capsys.readouterr().err
     recipes = load_rendered()
     assert len(recipes) == 12 and {recipe.loss for recipe in recipes} == {"full", "completion"}
-    # What is compared differs in nothing else: not in the number of updates, nor in a shared seed.
+    # The compared arms differ in nothing else: neither the number of updates nor a shared seed.
     assert {recipe.training.max_steps for recipe in recipes} == {120}
     assert {recipe.run.axes["seed"] for recipe in recipes} == {1, 2, 3}
     assert len({recipe.training.seed for recipe in recipes}) == 12
@@ -483,9 +483,7 @@ def test_an_empty_folder_is_filled_where_it_stands(
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_nothing(exists: bool, place: Path) -> None:
-    """A limit on the size of files stands for the disk: the data sample is larger, and is copied
-    late.
-    """
+    """A limit on file sizes replaces the full disk: the data sample is larger, and comes late."""
     if exists:
         (place / "study").mkdir()
     before = sorted(place.rglob("*"))

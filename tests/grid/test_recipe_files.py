@@ -249,7 +249,7 @@ def test_what_the_template_gives_is_no_edit(toy: Toy) -> None:
         path.write_bytes(same.encode())
         assert render_grids("toy", check=False, prune=False, root=root) == 0
         assert path.read_bytes() == right.encode()
-    # Another line before it is somebody's.
+    # Another line before it is a user's.
     path.write_text(right.replace("# Generated", "# mine, generated"))
     with pytest.raises(RefusedError):
         render_grids("toy", check=False, prune=False, root=root)
@@ -269,7 +269,7 @@ def test_a_recipe_of_an_older_version_gets_its_sum(
     assert render_grids("toy", check=False, prune=False, root=root) == 0
     assert {path: path.read_bytes() for path in before} == before
 
-    # Whether that text was rendered, nobody knows.
+    # It is unknown if that text was rendered.
     edited = root / "recipes/toy/phi_full_060.yaml"
     strip_sum(edited)
     edited.write_text(edited.read_text().replace("max_steps: 2", "max_steps: 4"))

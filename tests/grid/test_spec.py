@@ -127,7 +127,7 @@ def test_labels_that_only_look_alike_are_different(toy: Toy) -> None:
     for position, value in enumerate(["1", "'1'", "1.0", "true"]):
         exclude = f"exclude: [{{when: {{b: {value}}}, why: w}}]"
         root = toy(f"name: '{{{{ a }}}}'\naxes:\n  a: [x]\n  b: {values}\n{exclude}")
-        with pytest.raises(GridError, match="twice"):  # 1 and "1" print alike
+        with pytest.raises(GridError, match="twice"):  # 1 and "1" look the same in print
             keys_of(root)
         spec = load_grid(root / "recipe_templates", "toy")
         assert [applies(spec.exclude[0].when, {"b": label}) for label in (1, "1", 1.0, True)].index(

@@ -291,7 +291,7 @@ def test_a_name_pattern_has_the_same_limits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_template_without_end_ends(tmp_path: Path) -> None:
-    """As anybody meets it: after 10 s, in words, with exit code 2 and nothing written."""
+    """On the command line: after 10 s, with a clear error, exit code 2 and nothing written."""
     root = build_toy(tmp_path)(template=GROWING["loops in loops"])
     words = [Path(sys.executable).parent / "runner", "render", "toy"]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)

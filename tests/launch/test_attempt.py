@@ -40,7 +40,7 @@ __all__ = ["fake"]
 
 @pytest.fixture
 def started() -> Iterator[list[RunningAttempt]]:
-    """Attempts that are ended after the test, whatever became of it."""
+    """Attempts that are ended after the test in any case."""
     attempts: list[RunningAttempt] = []
     yield attempts
     for attempt in attempts:
@@ -211,7 +211,7 @@ def test_a_record_that_cannot_be_closed_is_a_warning(
 def test_what_an_attempt_leaves_in_other_sessions_is_ended_with_it(
     fake: FakeLauncher, started: list[RunningAttempt]
 ) -> None:
-    """As a compiler, or a tracker's daemon, that a rank under torchrun has started."""
+    """An example is a compiler, or a tracker's daemon, that a rank under torchrun has started."""
     fake.add("a", told="leave elsewhere")
     attempt = start(fake, started)
     assert attempt is not None
@@ -406,8 +406,8 @@ def test_a_launcher_that_cannot_be_started_is_recorded(fake: FakeLauncher) -> No
 
 
 def test_the_record_is_opened_before_anything_starts(fake: FakeLauncher) -> None:
-    """A launcher that is killed at once leaves an attempt without an end, which is an interrupted
-    run.
+    """A launcher that is killed immediately leaves an attempt without an end, which is an
+    interrupted run.
     """
     fake.add("a")
     recipe, contents, paths = load_toy(fake)

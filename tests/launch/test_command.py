@@ -73,7 +73,7 @@ def test_commands_of_committed_recipes() -> None:
 
 
 def test_the_experiment_is_not_on_the_command_line() -> None:
-    """One knob, one owner: whatever the recipe says of the experiment, the command is the same."""
+    """Each setting has one owner: the command is the same for every experiment."""
     command = build(parse(), Path("runs/toy/base"), Placement(3))
     changes = [
         "training.learning_rate=9",
@@ -179,7 +179,7 @@ def test_a_shell_reads_a_hostile_name_as_a_name(name: str, tmp_path: Path) -> No
     assert not (tmp_path / "pwned").exists()
 
 
-# Two that are removed for a reason of their own, and two that stay though they look alike.
+# Two that are removed for special reasons, and two that stay although they look similar.
 SURROUNDINGS = {
     "WORLD_SIZE": "2",
     "PET_NNODES": "2",

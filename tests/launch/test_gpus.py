@@ -170,7 +170,7 @@ def test_an_outer_choice_of_gpus_holds(bin_dir: Path) -> None:
     assert choose(bin_dir, "1", visible="1,2") == ["1"]
     assert choose(bin_dir, GPU_1, visible="1") == [GPU_1]
     assert choose(bin_dir, "1", visible=GPU_1[:16]) == ["1"]
-    assert choose(bin_dir, MIG_1, visible="2") == [MIG_1], "a part of what is shown"
+    assert choose(bin_dir, MIG_1, visible="2") == [MIG_1], "a part of the output"
     assert choose(bin_dir, None, visible="1,2") == ["1", MIG_0, MIG_1]
     error = refuse(bin_dir, "0", visible="1,2")
     assert "`CUDA_VISIBLE_DEVICES=1,2` is set here and hides 0" in error.message
@@ -199,7 +199,7 @@ def test_without_an_answer_names_pass_with_a_note(
 def test_without_an_answer_an_outer_choice_holds_as_far_as_names_tell(bin_dir: Path) -> None:
     write_script(bin_dir, "#!/bin/bash\nexit 9\n")
     assert choose(bin_dir, "3", visible="2,3") == ["3"]
-    assert choose(bin_dir, "0", visible=GPU_1) == ["0"], "nobody can tell"
+    assert choose(bin_dir, "0", visible=GPU_1) == ["0"], "it is unknown"
     assert choose(bin_dir, GPU_1[:9], visible=GPU_1) == [GPU_1[:9]]
     assert refuse(bin_dir, "0", visible="2,3").hint == "--gpus 2,3"
     assert refuse(bin_dir, MIG_0, visible=MIG_1).hint == f"--gpus {MIG_1}"

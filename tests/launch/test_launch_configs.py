@@ -24,9 +24,7 @@ RECIPE, ACCELERATE, DEEPSPEED, ARGV = (
 
 
 class Knob(NamedTuple):
-    """One setting: its owner, and what it is called in each place. A name covers everything below
-    it.
-    """
+    """One setting: its owner, and its name in each place. A name covers everything below it."""
 
     owner: str
     recipe: tuple[str, ...] = ()

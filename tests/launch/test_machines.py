@@ -1,5 +1,5 @@
-"""Several machines of one run: what Slurm must have given, what is started there, and what is
-refused elsewhere.
+"""Several machines of one run: the facts that Slurm must give, the processes on each machine, and
+refusals elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.support.fake_launcher import FakeLauncher, fake, finish
 
 __all__ = ["fake"]
 
-# Starts its command once per machine, one after the other, and tells what it was asked for.
+# Starts its command once per machine, one after the other, and prints its arguments.
 SRUN = """\
 #!/bin/bash
 printf '%s\\n' "$@" > "$FAKE_HOME/srun"

@@ -1,5 +1,5 @@
-"""The commits of names on the hub: settled before the first attempt, held from then on, compared
-within a grid. The hub is on loopback and its branch moves; the trainer is a fake.
+"""The commits of names on the hub: found before the first attempt, kept from then on, compared
+within a grid. The hub is on the loopback interface and its branch moves; training is faked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def move(hub: MovingHub, commit: str) -> None:
 
 
 def cache_all(fake: FakeLauncher, commit: str) -> None:
-    """As the libraries leave a model and a data set when they have loaded them."""
+    """Write a model and a data set into the cache as the libraries do after loading them."""
     model_dir = fake.root / "cache/hub/models--org--tiny/snapshots" / commit
     rows_dir = fake.root / "cache/datasets/org___rows/default/0.0.0" / commit
     for path in (model_dir / "config.json", model_dir / "model.safetensors"):
@@ -51,7 +51,7 @@ def cache_all(fake: FakeLauncher, commit: str) -> None:
 def run(
     fake: FakeLauncher, hub: MovingHub, *arguments: str, offline: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`runner ARGUMENTS` with the hub in reach, unless it is to be `offline`."""
+    """Run `runner ARGUMENTS`, with the hub in reach unless `offline` is set."""
     environment = {**fake.environment, **hub.environment(fake.root / "cache")}
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
@@ -88,7 +88,7 @@ def add(
 
 
 def save(fake: FakeLauncher, name: str, **more: object) -> Path:
-    """The checkpoint of a run, as its trainer would write it; `more` is of its fingerprint."""
+    """Write the checkpoint of a run as a training process does; `more` is of its fingerprint."""
     stored, paths = load_stored_recipe(fake.paths(name)), fake.paths(name)
     assert stored is not None
     fingerprint = build_resume_fingerprint(stored.recipe, stored.recipe_digest, 1, threads="1")
@@ -241,7 +241,7 @@ def test_who_states_nothing_is_warned(fake: FakeLauncher, hub: MovingHub) -> Non
             assert f"warning: {name} is not the same commit in all runs of toy:" in result.stderr
         assert f"{A[:12]} in 1 run (a); {B[:12]} in 1 run (b)" in result.stderr
         assert f"\n  revision: {A}\n" in result.stderr
-    assert hub.take_requests() == [], "neither asks anybody"
+    assert hub.take_requests() == [], "neither makes a request"
 
 
 def test_the_line_makes_no_other_experiment_of_the_runs_that_loaded_it(
@@ -278,7 +278,7 @@ def test_without_the_hub_the_cache_says_what_a_name_stands_for(
 
 
 def test_what_nobody_knows_is_not_recorded(fake: FakeLauncher, hub: MovingHub) -> None:
-    """The trainer says what is wrong; and what it could load all the same is never guessed."""
+    """The training process reports the error; a commit that it could load is never guessed."""
     add(fake, "a", told="write samples.json {}")
     assert launch(fake, hub, "a", offline=True).returncode == LOST
     assert read_commits(fake, "a") == {}
@@ -293,7 +293,7 @@ def test_what_nobody_knows_is_not_recorded(fake: FakeLauncher, hub: MovingHub) -
 def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
     fake: FakeLauncher, hub: MovingHub
 ) -> None:
-    """An older version did not say, so that what it wrote is only warned of."""
+    """An older version recorded no commit, so its checkpoints only get a warning."""
     add(fake, "a", told="exit 1")
     assert launch(fake, hub, "a", offline=True).returncode == LOST
     save(fake, "a", commits={})
@@ -358,7 +358,7 @@ def test_nothing_is_started_while_the_hub_does_not_answer(
 def test_where_the_hub_says_no_the_cache_says_what_is_loaded(
     fake: FakeLauncher, hub: MovingHub
 ) -> None:
-    """As a private name without a token: the libraries load what is cached."""
+    """An example is a private name without a token: the libraries load the cached commit."""
     add(fake, "a", "b")
     launch(fake, hub, "a")
     hub.refuses_with = 401

@@ -1,5 +1,5 @@
-"""A sweep over run directories in which something else has the name of a file that it writes: those
-runs fail in words, and the others are run.
+"""A sweep over run directories with odd objects under the names of its files: those runs fail with
+a clear error, and the others are run.
 """
 
 from __future__ import annotations

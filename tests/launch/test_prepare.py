@@ -1,5 +1,5 @@
 """The files written before an attempt starts: another experiment is refused, `--fresh` moves a run
-aside, `--prepare` writes its command, and what was declared before the first attempt stays.
+aside, `--prepare` writes its command, and declarations from before the first attempt stay.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(
     assert len(fake.started()) == 4 and len(fake.attempts("a")) == 1
     capsys.readouterr()
     assert main(["status", "runs"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1, "what was moved aside is not listed"
+    assert len(capsys.readouterr().out.splitlines()) == 1, (
+        "runs that were moved aside are not listed"
+    )
 
 
 def test_fresh_refuses_a_running_run(
@@ -136,7 +138,9 @@ def test_whose_base_scores_an_attempt_may_take_is_recorded_as_it_was_asked(
 ) -> None:
     fake.add("a", "b", "c")
     assert main(["launch", "recipes/toy/a.yaml", "--prepare", "--own-base"]) == 0
-    assert "own-base" not in capsys.readouterr().out, "the trainer reads it from the record"
+    assert "own-base" not in capsys.readouterr().out, (
+        "the training process reads it from the record"
+    )
     assert main(["launch", "recipes/toy/a.yaml"]) == 0
     fake.tell("b", "fail crashed once")
     main(["sweep", "recipes/toy", "--own-base"])

@@ -153,7 +153,7 @@ def test_a_launch_whose_push_fails_has_not_failed(
 
 
 def export(fake: FakeLauncher, *arguments: str) -> tuple[int, str, str]:
-    """`runner export` in a process of its own: the hub's address is read at an import."""
+    """`runner export` in its own process, because the hub's address is read at an import."""
     return finish(fake.start("export", *arguments))
 
 
@@ -428,7 +428,7 @@ def test_a_missing_token_is_refused_before_anything_starts(
     monkeypatch.delenv("HF_TOKEN")
     code = main(command)
     err = capsys.readouterr().err
-    if "kubernetes" in command:  # its jobs have an environment of their own
+    if "kubernetes" in command:  # its jobs have a separate environment
         assert "HF_TOKEN" not in err
         return
     assert code == 2
@@ -441,7 +441,7 @@ def test_two_runs_with_one_repository_are_refused_before_anything_starts(
     command: list[str], fake: FakeLauncher, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(fake, "a", to="lab/one")
-    add(fake, "b", to="Lab/One")  # the hub does not tell them apart
+    add(fake, "b", to="Lab/One")  # the hub does not distinguish them
     add(fake, "c")
     assert main(command) == 2
     err = capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""`runner launch --repair` on the launch side: what is refused, what is recorded, and that no
-trainer is believed that says all is well.
+"""`runner launch --repair` on the launch side: refusals, records, and a check of the result even if
+the training process reports success.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["fake"]
 
 REPAIR = ("launch", "recipes/toy/a.yaml", "--repair")
 CONFIG = '{"r": 8}\n'
-BEST_STEP = 2  # of what the fake completes
+BEST_STEP = 2  # of the runs that the fake completes
 
 
 @pytest.fixture

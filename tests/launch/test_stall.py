@@ -82,7 +82,7 @@ def test_what_was_continued_gets_a_part_of_the_time_once() -> None:
 
 
 class Watched:
-    """A watch over real processes, and what it said and did; `pass_time` is its clock."""
+    """A watch over real processes, with its messages and actions; `pass_time` is its clock."""
 
     def __init__(self, tmp_path: Path, owner: str) -> None:
         self.files = AttemptPaths(tmp_path)

@@ -1,5 +1,5 @@
-"""Sweeps that fork their runs from workers, over real processes: which runs, from which worker, and
-what is left when somebody is stopped or killed.
+"""Sweeps that fork their runs from workers, over real processes: the forked runs, their workers,
+and the remains after a stop or a kill.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def list_starts(fake: FakeLauncher, name: str) -> list[tuple[str, str | None]]:
 
 
 def watch(*pids: int) -> list[int]:
-    """Descriptors that tell of the end of processes that are alive now."""
+    """Descriptors that become readable when the living processes end."""
     return [os.pidfd_open(pid) for pid in pids]
 
 
@@ -157,7 +157,7 @@ def test_a_recipe_with_odd_files_ends_no_sweep(
     path.write_text(odd)
     main(["sweep", "recipes/toy"])
     assert list_starts(fake, "b") == [("warm", None)]
-    assert fake.attempts("a"), "the run itself says what is wrong"
+    assert fake.attempts("a"), "the run itself reports the error"
 
 
 def test_a_retry_starts_cold(fake: FakeLauncher) -> None:
@@ -210,7 +210,7 @@ def test_runs_with_the_same_command_and_environment_have_the_same_worker(
     assert key is not None and key == find_key(b)
     assert key not in (find_key(c), find_key(a, gpu="1"))
     (fake.root / "cpu.yaml").write_text("use_cpu: true\nmixed_precision: bf16\n")
-    assert find_key(a) not in (key, None), "what it was started with is not what holds now"
+    assert find_key(a) not in (key, None), "its start settings are outdated"
 
 
 def test_each_slot_has_a_worker(fake: FakeLauncher) -> None:
@@ -231,7 +231,7 @@ def test_a_worn_worker_is_replaced(fake: FakeLauncher, capsys: pytest.CaptureFix
     assert main(["sweep", "recipes/toy"]) == 0
     assert len(fake.workers()) == 2
     assert [list_starts(fake, name) for name in "abc"] == [[("warm", None)]] * 3
-    assert "worker" not in capsys.readouterr().err, "nobody has to know"
+    assert "worker" not in capsys.readouterr().err, "no message is needed"
 
 
 # --- workers that fork nothing ---
@@ -268,7 +268,7 @@ def test_a_worker_that_lives_goes_on_when_another_one_has_failed(fake: FakeLaunc
         assert failing is not None and not workers.begin(failing)
         assert len(said) == 1 and "the worker has ended" in said[0]
         assert workers.start(key, command) is None, "a third one would fail too"
-        workers.give_back(living)
+        workers.release(living)
         assert workers.take(key) is living and len(said) == 1
     finally:
         living.end()
@@ -351,8 +351,8 @@ def test_a_killed_run_does_not_take_its_worker_with_it(fake: FakeLauncher) -> No
 
 
 def start_with_idle_worker(fake: FakeLauncher) -> tuple[subprocess.Popen[str], int]:
-    """A sweep of which `a` is done, `b` waits, and `c` is to be forked from a worker that has
-    nothing to do meanwhile.
+    """A sweep in which `a` is done, `b` waits, and `c` is going to be forked from a worker that is
+    idle meanwhile.
     """
     fake.add("a")
     add_wandb(fake, "b", told="wait")
@@ -466,7 +466,7 @@ def test_fail_fast_does_not_wait_for_a_worker(fake: FakeLauncher) -> None:
     assert len(fake.started()) == 1
 
 
-# --- what has changed since the imports ---
+# --- changes since the imports ---
 
 
 def run_with_change(

@@ -1,5 +1,5 @@
-"""The static parts of the memory estimate against real tensors of a real step; how processes share;
-what is warned.
+"""The static parts of the memory estimate against real tensors of a real step, the sharing of GPUs,
+and warnings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sizes from configurations alone, against real models, real adapters, real quantised weights and a
+"""Sizes from configurations alone, against real models, real adapters, real quantized weights and a
 real forward.
 """
 
@@ -61,7 +61,7 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    """Parameters, buffers and the scales of quantised weights."""
+    """Parameters, buffers and the scales of quantized weights."""
     total = sum(map(tensor_bytes, model.parameters())) + sum(map(tensor_bytes, model.buffers()))
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

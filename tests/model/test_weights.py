@@ -95,7 +95,7 @@ def test_a_tuned_model_stops_by_itself(
     eos = AutoTokenizer.from_pretrained(base_dir).convert_tokens_to_ids(
         {"llama": "<|end_of_text|>"}.get(family, "<eos>")
     )
-    # As base models are published: they know the end of a text, not that of a turn.
+    # As in published base models: they know the end of a text, not that of a turn.
     if family != "phi":
         write_json_atomic(base_dir / "generation_config.json", settings | {"eos_token_id": eos})
     recipe = recipe.model_copy(
@@ -240,7 +240,7 @@ def test_sets_of_the_adapter_config_are_written_in_order(tmp_path: Path) -> None
 def test_an_export_does_not_say_how_its_tokenizer_was_loaded(
     tmp_path: Path, tiny_model: Callable[[str], Path], is_offline: bool
 ) -> None:
-    """Else a repair under another HF_HUB_OFFLINE would write other bytes."""
+    """Otherwise a repair under another HF_HUB_OFFLINE would write other bytes."""
     saved = AutoTokenizer.from_pretrained(tiny_model("gemma"), local_files_only=is_offline)
     saved.save_pretrained(tmp_path)
     drop_loading_options(tmp_path)

@@ -167,7 +167,7 @@ def test_numbers_of_an_axis_are_compared_as_numbers(fake: FakeLauncher) -> None:
 
     lr = "training.learning_rate"
     assert find(f"{lr}=0.001") == find(f"{lr}=0.0010") == find(f"{lr}=1.0e-03") == ["a"]
-    assert find(f"{lr}=1e-3") == ["a", "d"], "a text is what is written"
+    assert find(f"{lr}=1e-3") == ["a", "d"], "a text is taken literally"
     assert find("learning_rate=3.0") == find("training.learning_rate=3") == ["c"]
     assert find("learning_rate=1e-2,3") == find("x.training.learning_rate=.01,3") == ["b", "c"]
     assert (

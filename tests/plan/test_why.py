@@ -174,7 +174,7 @@ def test_behind_a_damaged_checkpoint_the_older_one_is_refused_too(
     assert value_of(why(RECIPE), "next") == "launch from step 8, 1 process"
     flip_bit(paths.checkpoint_dir(8) / "optimizer.pt")
     assert value_of(why(RECIPE), "next") == (
-        "refuse: the checkpoint of step 4 cannot be continued exactly, because these changed"
+        "refuse: the checkpoint of step 4 cannot be resumed exactly, because these changed"
         " since:\n  num_processes: 2 -> 1"
     )
     known = json.loads("\n".join(why(RECIPE, "--json")))

@@ -1,5 +1,5 @@
-"""`runner check`: every recipe, and each row once per tokenizer; what it says of rows is what
-training does.
+"""`runner check`: every recipe, and each row once per tokenizer; its statements about rows hold in
+training.
 """
 
 from __future__ import annotations
@@ -289,7 +289,9 @@ def test_216_recipes_on_three_tokenizers_are_checked_in_one_pass(
 
 
 def test_any_end_of_a_turn_that_stops_nothing_is_warned_of(here: Project) -> None:
-    """As GPT-OSS's: the conversation ends in a token that stops the model, earlier turns do not."""
+    """An example is GPT-OSS: the conversation ends in a token that stops the model, earlier turns
+    do not.
+    """
     rows = [
         {
             "messages": [

@@ -1,6 +1,4 @@
-"""`runner check` on the layouts in which people keep rows: what is read, what is told, what is
-refused.
-"""
+"""`runner check` on common layouts of data files: which are read, reported or refused."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ GOOD: Final = {
         "  num_train_samples: 6"
     ),
 }
-# Files that cannot be read, and what is said of each.
+# Files that cannot be read, and the error for each.
 DAMAGED: Final[Mapping[str, tuple[bytes, str]]] = {
     "latin.jsonl": ('{"a": "wörd"}'.encode("latin-1"), "is not UTF-8 text"),
     "torn.jsonl": (b'{"messages": [', "line 1: is not JSON"),

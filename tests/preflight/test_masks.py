@@ -1,6 +1,4 @@
-"""`runner masks`: what it shows as seen and trained is what the trainer is given, and no row can
-act on the reader.
-"""
+"""`runner masks`: the view equals the input of training, and no row can act on the reader."""
 
 from __future__ import annotations
 
@@ -101,22 +99,22 @@ def test_characters_of_several_tokens_are_shown_once(hostile: Project, family: s
 
 def test_no_row_can_act_on_a_page_or_a_terminal(hostile: Project) -> None:
     view, recipe = view_of_line_1(hostile)
-    page = format_views([view], recipe, "html", is_coloured=False)
+    page = format_views([view], recipe, "html", is_colored=False)
     assert "<script" not in page and "</span>\u23ce" not in page
     assert "&lt;" in page and page.count("<pre>") == page.count("</pre>") == 1
     assert page.count('<span class="t ') == len(view.tokens)
     assert not re.search(r"(src|href|url)\s*[=(]", page), "one file, nothing to load"
-    for is_coloured in (False, True):
-        text = format_views([view], recipe, "ansi", is_coloured=is_coloured)
+    for is_colored in (False, True):
+        text = format_views([view], recipe, "ansi", is_colored=is_colored)
         assert "\u202e" not in text and "\x1b[31m" not in text
-    plain = format_views([view], recipe, "ansi", is_coloured=False)
+    plain = format_views([view], recipe, "ansi", is_colored=False)
     assert "\x1b" not in plain
     assert "⟦Yes 😀⏎\n  | of course ⟧ </span><end_of_turn>⟧⏎" in plain
     assert "<start_of_turn> 3" in plain, "the one that a user pasted is counted"
 
 
 def test_the_command_line(hostile: Project, tiny_model: Callable[[str], Path]) -> None:
-    """Without weights: nothing but the tokenizer is loaded."""
+    """Only the tokenizer is loaded, no weights."""
     bare = hostile.root / "bare"
     shutil.copytree(tiny_model("gemma"), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     arguments = ("masks", "recipe.yaml", "model.path=bare")
@@ -131,8 +129,8 @@ def test_the_command_line(hostile: Project, tiny_model: Callable[[str], Path]) -
         "data.jsonl line",
     ):
         assert text in done.stdout, text
-    coloured = hostile.cli(*arguments, "--rows", "1", environment={"FORCE_COLOR": "1"})
-    assert "\x1b[30;42m" in coloured.stdout and "⟦" not in coloured.stdout
+    colored = hostile.cli(*arguments, "--rows", "1", environment={"FORCE_COLOR": "1"})
+    assert "\x1b[30;42m" in colored.stdout and "⟦" not in colored.stdout
     told_not_to = hostile.cli(
         *arguments, "--rows", "1", environment={"FORCE_COLOR": "1", "NO_COLOR": "1"}
     )

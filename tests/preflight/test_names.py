@@ -16,7 +16,7 @@ from tests.recipe.test_identity import parse
 from tests.support.moving_hub import moving_hub
 
 A, B = "a" * 40, "b" * 40
-# The revisions at which recipes are looked at, and what is said of them.
+# The revisions at which recipes are checked, and the messages.
 LOOK = """
 import json, sys
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""`runner check` suggests larger batches where the memory of a device is known, and nothing else;
-what it prints for a template keeps every global batch.
+"""`runner check` suggests larger batches if the memory of a device is known, and not otherwise; the
+lines for a template keep every global batch.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_not_suggested(here: Project) -> None:
     overrides += ("training.global_batch_size=16", "training.gradient_checkpointing=true")
     result = check_recipes([here.recipe(*overrides)])
     [run] = result.runs
-    # So much that a width of its own is what counts.
+    # So much that its width dominates.
     long = replace(run.splits["train"], length_percentiles={"max": 50_000})
     run = replace(run, splits={**run.splits, "train": long})
     measures = Measures(result)
@@ -127,8 +127,8 @@ def test_what_differs_within_a_model_is_left_alone(here: Project) -> None:
 
 
 def list_template_lines(lines: list[str]) -> str:
-    """The lines under "for all arms alike", as they would be in a template."""
-    start = next(at for at, line in enumerate(lines) if "for all arms alike" in line)
+    """The lines under "for all arms", as they would be in a template."""
+    start = next(at for at, line in enumerate(lines) if "for all arms, replace" in line)
     indented = [line for line in lines[start + 1 :] if line.startswith("    ")]
     return "\n".join(line[4:] for line in indented)
 

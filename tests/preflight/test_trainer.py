@@ -1,5 +1,5 @@
-"""The trainer starts with everything that `runner check` accepts: the check builds the trainer's
-own configuration, optimizer, schedule and data loader, and names the recipe key if it cannot.
+"""TRL's trainer starts with everything that `runner check` accepts: the check builds the real
+configuration, optimizer, schedule and data loader, and names the recipe key if it cannot.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_texts_that_have_choices_are_the_libraries() -> None:
         assert not errors_of(f"training.loss_type={loss}"), loss
 
 
-# The mistakes; the keys that an error names; what it says.
+# The mistakes; the keys that an error names; its text.
 MISTAKES: Final[dict[str, tuple[list[str], list[str], str]]] = {
     "a wrong argument of a schedule": (
         ["training.lr_scheduler_kwargs={foo: 1}", "training.lr_scheduler_type=cosine"],

@@ -33,7 +33,7 @@ PROMPT = re.compile(rb"(^|\n)> $")
 
 
 class Terminal:
-    """A process in a terminal of its own, and what it showed."""
+    """A process in its own terminal, and its output."""
 
     def __init__(self, arguments: list[str], cwd: Path) -> None:
         self._master, slave = pty.openpty()

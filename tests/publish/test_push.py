@@ -1,5 +1,5 @@
-"""Pushing a folder to a hub that listens on loopback: what arrives, what is refused, and that no
-token is shown.
+"""Pushing a folder to a hub on the loopback interface: uploads, refusals, and no token in any
+output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runner.publish.push import HubTarget
 from tests.conftest import Project, build_environment
 from tests.support.fake_hub import FakeHub, Repository, fake_hub
 
-# The endpoint is read when huggingface_hub is imported, so each push has a process of its own.
+# The endpoint is read when huggingface_hub is imported, so each push has its own process.
 _PUSH = """\
 import os, sys
 from pathlib import Path

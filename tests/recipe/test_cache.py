@@ -117,7 +117,7 @@ def test_a_damaged_cache_costs_time_only(
     damaged = damage(json.loads(json.dumps(whole)), str(path))
     cache_path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
     assert open_cache(root).load(path) == load_recipe(path)
-    assert fill(root, "a", "b") == whole, "and it is written anew"
+    assert fill(root, "a", "b") == whole, "and it is written again"
 
 
 def test_bytes_that_are_no_text_are_no_cache(root: Path) -> None:
@@ -166,7 +166,7 @@ def test_other_code_is_another_maker(root: Path) -> None:
         makers.append(ask())
     shutil.move(root / "runs", root / "before")
     shutil.copytree(root / "before", root / "runs")
-    makers.append(ask())  # a copy of the runs, which may be anybody's
+    makers.append(ask())  # a copy of the runs, perhaps by another user
     assert len(set(makers)) == 2 + len(EDITS)
 
 

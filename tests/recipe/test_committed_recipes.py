@@ -62,9 +62,9 @@ def test_committed_recipes_load_under_their_own_names(grid: str) -> None:
 
 
 def test_committed_recipes_keep_their_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a run of yesterday would be another experiment today. The second number is of what else
-    must be equal for a checkpoint to be continued, but for versions; both are of 0.1.0, which drew
-    and masked rows by rules 1.
+    """Otherwise existing runs would become other experiments. The second number covers everything
+    else that must be equal for a checkpoint to be resumed, except versions; both are of 0.1.0,
+    which drew and masked rows by rules 1.
     """
     monkeypatch.chdir(ROOT)
     lines = []
@@ -77,7 +77,7 @@ def test_committed_recipes_keep_their_digests(monkeypatch: pytest.MonkeyPatch) -
         del fingerprint["versions"], fingerprint["recipe_digest"]
         lines.append(f"{digest} {hash_json(fingerprint)[:16]} {path}")
     kept = (ROOT / "tests" / "golden" / "digests.txt").read_text().splitlines()
-    assert lines == kept, "if this is meant, CHANGELOG says which runs must be started anew"
+    assert lines == kept, "if this is meant, CHANGELOG says which runs must start from step 0"
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -126,9 +126,9 @@ def test_the_axes_of_the_summaries_grid_are_what_the_recipe_does() -> None:
     assert len(set.union(*prompts.values())) == 3
 
 
-# What each axis changes in a recipe, beside `run` and `tracking`; a key covers everything below it.
+# Keys that each axis changes, in addition to `run` and `tracking`; a key covers all below it.
 AXIS_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
-    # Its cells have seeds of their own.
+    # Its cells have separate seeds.
     "demo": {
         "model": ("model.path", "training.seed"),
         "loss": ("loss", "training.seed"),
@@ -199,16 +199,16 @@ MAY_BE_ABSENT = {
         for split in ("train", "validation", "test")
         for name in ("config_name", "revision")
     ),
-    # Of a local file there is one.
+    # A local file has only one.
     *(f"data.{split}.split" for split in ("train", "validation", "test")),
     "run.declared",  # of a grid that declares no contrast
-    "data.num_validation_samples",  # where validation rows have a file of their own
+    "data.num_validation_samples",  # if validation rows have their own file
     "data.num_test_samples",
-    *_BEHAVIOUR_BEFORE,  # what was added since the recipes were written
+    *_BEHAVIOUR_BEFORE,  # keys that were added since the recipes were written
     "launch.stall_minutes",
     "launch.retries.stalled",
     "tracking.hub_push",
-    "data.task.system",  # of a task whose prompt says it all
+    "data.task.system",  # of a task whose prompt needs no system text
 }
 
 

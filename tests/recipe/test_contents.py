@@ -1,4 +1,6 @@
-"""Files that a recipe names: known by what they hold, hashed once, missed by name."""
+"""Files that a recipe names: identified by their content, hashed once, reported by name if they are
+missing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from runner.recipe.contents import (
     KnownContents,
     check_contents,
     hash_contents,
-    hash_what_is_there,
+    hash_existing,
     known_content,
     list_changed,
     list_content_paths,
@@ -227,7 +229,7 @@ def test_what_changed_since_it_was_hashed_is_told_and_little_is_read(
         "v.jsonl": "is not there any more",
     }
     Path("t.jsonl").chmod(0o640)
-    hash_what_is_there(recipe, hashes := ContentHashes(cache_path))  # by another process
+    hash_existing(recipe, hashes := ContentHashes(cache_path))  # by another process
     hashes.save()
     assert list_changed(recipe, contents, cache_path)["t.jsonl"] == "has another content"
 
@@ -376,7 +378,7 @@ def test_a_folder_that_leaves_open_what_is_meant_is_refused_before_anything_star
     with pytest.raises(DataError, match="does not say which split to read"):
         hash_contents(ambiguous, ContentHashes(Path("cache.json")))
     assert "rows" not in find_known(ambiguous, Path("cache.json"))
-    assert "rows" not in hash_what_is_there(ambiguous, ContentHashes(Path("cache.json")))
+    assert "rows" not in hash_existing(ambiguous, ContentHashes(Path("cache.json")))
 
 
 def test_what_a_readme_says_of_splits_is_hashed_too(recipe: Recipe) -> None:
@@ -435,7 +437,7 @@ def test_all_ways_to_ask_for_a_folder_of_rows_give_one_hash(recipe: Recipe) -> N
     named = parse("data.train.path=rows", "data.train.split=train")
     hashes = ContentHashes(Path("cache.json"))
     launched = hash_contents(named, hashes)["rows"]
-    assert hash_what_is_there(named, hashes)["rows"] == launched
+    assert hash_existing(named, hashes)["rows"] == launched
     assert find_known(named, Path("cache.json"))["rows"] == launched
     (content,) = [one for one in list_contents(named) if one.path == "rows"]
     assert known_content(content, hashes) == launched
@@ -471,7 +473,7 @@ def test_a_models_folder_without_all_its_files_is_refused_and_compared_with_noth
     inputs = KnownContents(Path("cache.json")).look(recipe)
     assert inputs.missing == (f"models/toy/{lacks}",)
     assert "models/toy" not in {*inputs.contents, *inputs.touched, *inputs.unread}
-    assert "models/toy" not in hash_what_is_there(recipe, ContentHashes(Path("cache.json")))
+    assert "models/toy" not in hash_existing(recipe, ContentHashes(Path("cache.json")))
 
 
 @pytest.mark.parametrize(

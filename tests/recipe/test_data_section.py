@@ -1,4 +1,4 @@
-"""Several sources of training rows: their shares, and what is refused of them."""
+"""Several sources of training rows: their shares, and refusals."""
 
 from __future__ import annotations
 

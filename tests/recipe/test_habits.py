@@ -1,4 +1,4 @@
-"""Names of other trainers: every answer is a recipe, and names keys that there are."""
+"""Names of other trainers: every answer is a valid recipe, and names only keys that exist."""
 
 from __future__ import annotations
 

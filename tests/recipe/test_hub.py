@@ -1,4 +1,4 @@
-"""Names on the hub that a recipe loads, and recipes at the commits that these stand for."""
+"""Names on the hub that a recipe loads, and recipes at the commits that these names point to."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ for keys in json.loads(sys.argv[1]):
 
 
 def test_rows_are_those_of_their_commit_and_of_no_other_one(tmp_path: Path) -> None:
-    """`datasets` takes what it prepared last, of any commit, where the hub does not answer."""
+    """If the hub does not answer, `datasets` loads its newest rows, of any commit."""
     configs = [
         {"config_name": "few", "data_files": "few.jsonl"},
         {"config_name": "all", "data_files": "all.jsonl", "default": True},

@@ -115,7 +115,7 @@ KINDS: list[tuple[str, ...]] = [
     ),
     ("training.max_steps=null", "training.num_train_epochs=2"),
 ]
-# The same experiment as the first kind, with keys of its own.
+# The same experiment as the first kind, with other keys.
 PLACEMENT_KINDS: list[tuple[str, ...]] = [
     ("checkpoints.remote={url: 'memory://checkpoints'}",),
     ("launch.num_processes=2",),
@@ -139,8 +139,8 @@ def list_keys(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def propose(annotation: Any) -> Iterator[Any]:
-    """Values that an annotation may admit, several of each type, so that one differs from what is
-    there.
+    """Values that an annotation may admit, several of each type, so that one differs from the
+    present value.
     """
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -230,8 +230,8 @@ def test_every_key_but_the_placement_makes_another_experiment() -> None:
 
 
 def test_a_key_that_was_added_enters_the_digest_only_with_another_value() -> None:
-    """Else runs of before would be other experiments; that other values enter, the test above
-    shows of every key.
+    """Otherwise earlier runs would be other experiments. The test above shows for every key that
+    other values enter.
     """
     left_out, recipes = set(), [parse(*overrides) for overrides in KINDS]
     for recipe in recipes:
@@ -240,7 +240,7 @@ def test_a_key_that_was_added_enters_the_digest_only_with_another_value() -> Non
             if find(dumped, name) == value:
                 assert find(payload, name) is MISSING, name
                 left_out.add(name)
-    assert left_out == set(_BEHAVIOUR_BEFORE), "the value of before is a key's default"
+    assert left_out == set(_BEHAVIOUR_BEFORE), "a key's default is its earlier value"
 
 
 def test_keys_are_left_out_where_they_have_the_value_of_before() -> None:
@@ -283,7 +283,7 @@ def test_an_older_recipe_json_is_read_and_hashed_by_the_same_table(tmp_path: Pat
     stored = load_stored_recipe(paths)
     assert stored is not None and (stored.recipe, stored.rules) == (recipe, 1)
     assert stored.find_other_digest() == []
-    assert stored.digest_today == derive_digest(recipe, {"data.jsonl": "1"}) != digest
+    assert stored.current_digest == derive_digest(recipe, {"data.jsonl": "1"}) != digest
 
 
 def test_the_rules_of_rows_and_masks_are_part_of_the_digest_from_2_on() -> None:

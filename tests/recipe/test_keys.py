@@ -46,7 +46,7 @@ checkpoints: {save_strategy: epoch}
 launch: {accelerate_config: c.yaml}
 tracking: {}
 """
-# What each kind of a section needs in addition to the key that is explained.
+# Keys that each kind of a section needs in addition to the explained one.
 KINDS: dict[str, dict[str, Any]] = {
     "adapter.method: lora": {},
     "quantization.method: 4bit": {
@@ -74,13 +74,13 @@ INSTEAD: Mapping[str, str] = {
     "early_stopping.enabled": "early_stopping",
 }
 CONTRAST = {"axis": "loss", "from": "full", "to": "completion", "metric": "nll_per_token"}
-# What an item of a list needs in addition to the key that is explained.
+# Keys that an item of a list needs in addition to the explained one.
 ITEMS: dict[str, list[dict[str, Any]]] = {
     "run.declared": [CONTRAST],
     "data.train": [{"path": "a", "num_samples": 8}],
     "evaluation.metrics": [{"name": "m", "function": "a.py:b", "mode": "max"}],
 }
-# What a section that BASE leaves out needs.
+# Keys that a section needs if BASE leaves it out.
 NEEDED: dict[str, dict[str, Any]] = {
     "data.validation": {"path": "a"},
     "data.test": {"path": "a"},

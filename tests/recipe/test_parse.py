@@ -71,7 +71,7 @@ def edit(old: str, new: str) -> str:
 
 
 REFUSALS = {
-    # what is written instead of what: line, key, words
+    # a replacement in the text; the error: line, key, words
     ("loss: full", "loss: ful"): (
         19,
         "loss",
@@ -260,7 +260,7 @@ def test_a_text_may_hold_what_would_be_a_reference() -> None:
 
 
 def test_what_is_written_of_a_recipe_reads_as_the_same_one() -> None:
-    """As a submission to Slurm and an override of a stored run need it."""
+    """Submissions to Slurm and overrides of stored runs rely on this."""
     for prompt in (r"\${oc.env:HOME} {document}", r"\\\${a} \ {document}", "é {document}\n???"):
         recipe = parse(text=edit('"Sum up: {document}"', json.dumps(prompt, ensure_ascii=False)))
         assert parse(text=dump_recipe(recipe)) == recipe
@@ -355,7 +355,7 @@ def test_an_override_of_a_kind_starts_the_section_anew() -> None:
     )
     assert on.early_stopping.enabled and on.early_stopping.patience == 2
     same = parse("adapter.method=lora", "adapter.r=9").model_dump()["adapter"]
-    assert (same["r"], same["lora_alpha"]) == (9, 8), "the same kind keeps what it has"
+    assert (same["r"], same["lora_alpha"]) == (9, 8), "the same kind keeps its values"
 
 
 def walk(value: Any) -> Iterator[Any]:

@@ -23,7 +23,7 @@ axes:
   code: [010, 011]
   time: [1:30, 2:00]
 """
-# What is written plainly, and what to write instead of the quoted form; None: nothing else.
+# The plain text, and the alternative to its quoted form; None: there is no alternative.
 CHANGED = {
     **dict.fromkeys(("yes", "Yes", "YES", "on", "On", "ON", "y", "Y"), "true"),
     **dict.fromkeys(("no", "No", "NO", "off", "Off", "OFF", "n", "N"), "false"),
@@ -46,7 +46,7 @@ CHANGED = {
     "2026-01-01T10:00:00Z": None,
     "=": None,
 }
-# What stays as it is.
+# Texts that are not changed.
 KEPT = {
     **dict.fromkeys(("true", "True"), True),
     "FALSE": False,

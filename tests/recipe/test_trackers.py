@@ -1,4 +1,4 @@
-"""Names of trackers, and what is said about one that is not installed."""
+"""Names of trackers, and the message about one that is not installed."""
 
 from __future__ import annotations
 

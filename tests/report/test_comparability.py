@@ -166,7 +166,7 @@ def test_a_mean_over_two_tasks_is_never_taken(tmp_path: Path) -> None:
         assert not one.simple
     [effect] = by_task["sst2", "f1"].shown
     assert effect.refused == ("f1 of sst2_full_s1 is not a mean over rows, so it has no interval",)
-    # Of tasks that have one name, the source of the rows tells which is which
+    # The source of the rows distinguishes tasks of one name
     assert {cell.task for cell in report.cells} == {"sst2", "squad_v2"}
 
 

@@ -19,7 +19,7 @@ def make_splits(name: str) -> dict[str, dict[str, Any]]:
 
 
 def pair(root: Path, first: dict[str, Any], second: dict[str, Any], *keys: str) -> list[ReportRow]:
-    """Two runs that differ in an axis `x`, in recipe keys, and in what they recorded."""
+    """Two runs that differ in an axis `x`, in recipe keys, and in recorded facts."""
     runs = []
     for at, recorded in enumerate((first, second)):
         overrides = [key.replace("?", "12"[at]) for key in keys]

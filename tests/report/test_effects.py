@@ -1,4 +1,4 @@
-"""Effects over cells: each situation in which the paired means of before misled."""
+"""Effects over cells: each situation in which the earlier paired means misled."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -489,7 +489,7 @@ def test_a_cell_whose_runs_group_rows_differently_is_refused(tmp_path: Path) -> 
 
 
 def test_a_mean_over_models_of_other_tokens_says_so(tmp_path: Path) -> None:
-    """As many tokens in each row, and not the same pieces of text."""
+    """The rows have equally many tokens, but different pieces of text."""
     runs = scored_grid(
         tmp_path,
         {"model": ["gemma", "llama"], "loss": ["full", "completion"]},

@@ -1,4 +1,4 @@
-"""Figures draw what the report holds, count what they leave out, and look alike each time."""
+"""Figures draw the content of the report, count what they leave out, and always look the same."""
 
 from __future__ import annotations
 

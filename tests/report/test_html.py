@@ -26,7 +26,7 @@ from runner.report.html import (
 from runner.report.labels import hide_paths
 from tests.support.pages import make_report
 
-# What a recipe may say, and what a row or an answer may
+# Texts that a recipe may hold, and texts that a row or an answer may hold
 HOSTILE_AXIS = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $x$ {{ 7*7 }}"
 HOSTILE = f"{HOSTILE_AXIS}\x1b[2J\x07"
 

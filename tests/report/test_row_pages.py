@@ -73,7 +73,7 @@ def test_a_larger_score_wins_where_larger_is_better(report: Report) -> None:
 
 
 def test_rows_that_only_one_arm_has_are_left_out(report: Report) -> None:
-    """Whatever the order of the others is."""
+    """The order of the other rows does not matter."""
     before = compare(report)
     for run in report.cells[1].runs:
         assert run.run_dir is not None

@@ -1,4 +1,4 @@
-"""The answer in words: declared contrasts first, and never equality for want of a difference."""
+"""The answer in sentences: declared contrasts first, and no claim of equality without evidence."""
 
 import json
 import re

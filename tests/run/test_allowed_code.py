@@ -59,7 +59,7 @@ def test_a_file_runs_once_its_content_was_allowed(recipe: Recipe) -> None:
         f" {sha256(Path('lib/text.py').read_bytes()).hexdigest()[:12]}..."
     ]
     Path("lib/text.py").write_text("# lib/text.py\n")
-    assert list_refused(recipe) == [], "what was read once may come back"
+    assert list_refused(recipe) == [], "content that was read once may come back"
     Path("lib/text.py").write_text("# other\n")
     allow_code([recipe], RUNS)
     assert list_refused(recipe) == []

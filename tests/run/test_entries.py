@@ -143,7 +143,7 @@ def test_what_another_machine_left_goes_when_it_is_old(folder: Path) -> None:
 
 
 def test_an_entry_that_another_machine_has_written_meanwhile_stays(folder: Path) -> None:
-    """As its files may be mapped there; where locks do not reach, two write one entry."""
+    """Its files may be mapped there; without working locks, two processes write one entry."""
 
     elsewhere = folder.parent.with_name("elsewhere") / NAME
     write(elsewhere)

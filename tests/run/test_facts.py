@@ -55,7 +55,7 @@ sys.exit(code)
 
 @pytest.fixture
 def paths(fake: FakeLauncher) -> RunPaths:
-    """A run whose launcher was killed after its trainer failed: every kind of file is there."""
+    """A run whose launcher was killed after training failed; every kind of file exists."""
     fake.add("a")
     paths = interrupt(load_recipe(Path(RECIPE)), fake.paths("a"))
     files = paths.attempt(1)
@@ -157,7 +157,7 @@ def test_only_what_changed_is_read_again(paths: RunPaths) -> None:
     assert again.progress is not None and again.progress.step == 5
     text = paths.record_path.read_text()
     assert '"host": "here"' in text
-    # In place, of the same length: told by its time alone.
+    # In place, of the same length: only its time differs.
     paths.record_path.write_text(text.replace('"host": "here"', '"host": "HERE"'))
     os.utime(paths.record_path, (1e9, 1e9))
     third = read_facts(paths, again.found)

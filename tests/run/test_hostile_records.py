@@ -1,4 +1,4 @@
-"""A run directory may be anybody's: whatever stands in it, the verbs answer in words and write
+"""Run directories from untrusted sources: for any content, the verbs print clear errors and write
 nothing elsewhere.
 """
 

@@ -1,13 +1,13 @@
-"""Run directories of every state and damage, as version 0.1.0 wrote them, and what is said of them.
+"""Run directories of every state and damage, as version 0.1.0 wrote them, and the output of the
+verbs about them.
 
 `tests/golden/kept_runs/runs.zip` is a project folder of 57 runs: completed, killed, preempted,
 failed of each kind, changed, unreadable, with checkpoints that are damaged, stripped, archived,
-renamed or of another launch. Their answers are kept as they were printed; `UPDATE_GOLDEN=1`
-rewrites the answers, never the runs.
+renamed or of another launch. The output is kept as it was printed; `UPDATE_GOLDEN=1` rewrites the
+output, never the runs.
 
-The rows of these runs were drawn by rules 1, under which nothing can be continued any more: what is
-said of them as they are is in `rules_1.json`. All other answers are of the same runs with today's
-rules in their records.
+The rows of these runs were drawn by rules 1, which no later runner resumes; the output for them is
+in `rules_1.json`. All other output is of the same runs with today's rules in their records.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def bring_rules_up_to_date(run_dir: Path) -> None:
         return
     for path in (paths.recipe_path, paths.result_path):
         if path.exists():
-            path.write_text(path.read_text().replace(stored.recipe_digest, stored.digest_today))
+            path.write_text(path.read_text().replace(stored.recipe_digest, stored.current_digest))
     content = json.loads(paths.recipe_path.read_text())
     paths.recipe_path.write_text(json.dumps({**content, "rules": RULES}))
-    digests = {stored.recipe_digest: stored.digest_today}
+    digests = {stored.recipe_digest: stored.current_digest}
     for path in paths.checkpoints_dir.rglob("COMMITTED.json"):
         bring_marker_up_to_date(path, digests)
     for path in paths.checkpoints_dir.glob("*.zip"):
@@ -156,12 +156,12 @@ def select_numbers(said: str) -> str:
 def test_runs_of_rules_1_stay_completed_and_what_has_a_checkpoint_is_changed(
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing else is said otherwise: what has no checkpoint starts at step 0 anyway."""
+    """Nothing else changes: runs without a checkpoint start at step 0 anyway."""
     assert main(["status", "--json"]) == 1
     now: list[Any] = json.loads(capsys.readouterr().out)
     lines = [f"{one['grid']}/{one['name']}  {one['state']}: {one['why']}\n" for one in now]
     compare("rules_1.txt", "".join(lines))
-    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can resume it)"
     before = json.loads((GOLDEN / "status.json").read_text())
     for one, other in zip(now, before, strict=True):
         paths = RunPaths(Path(one["run_dir"]))
@@ -183,7 +183,7 @@ def test_the_report_of_completed_runs_of_rules_1_is_the_same(
 def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can resume it)"
     assert main(["sweep", "recipes/states", "--dry-run"]) == 2
     assert "recipe missing_data names files that do not exist" in capsys.readouterr().err
     Path("data/gone.jsonl").write_text("{}\n")
@@ -201,7 +201,7 @@ def test_nothing_of_a_run_of_rules_1_is_continued_and_why_and_launch_say_so_in_t
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can resume it)"
     assert main(["why", "recipes/states/killed.yaml"]) == 0
     said = capsys.readouterr().out
     assert f"next        refuse: changed: the runner changed since the run was made: {line}" in said

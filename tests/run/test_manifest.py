@@ -21,7 +21,7 @@ from runner.run.manifest import (
     find_other_sizes,
     is_model_removed,
     measure_files,
-    mend_model,
+    restore_model_files,
 )
 from runner.run.paths import RunPaths
 from runner.run.result import TrainResult, load_result
@@ -108,7 +108,7 @@ def test_what_is_no_file_is_missing(paths: RunPaths, kind: str) -> None:
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
-        os.mkfifo(path)  # nobody may wait for what it holds
+        os.mkfifo(path)  # reading it must not block
     else:
         path.symlink_to("nowhere")
     assert find(paths) == {"model/tokenizer.json": "is missing"}
@@ -131,7 +131,7 @@ def test_a_result_that_was_edited_is_named(paths: RunPaths) -> None:
     assert list(find_other_result(paths)) == ["result.json"]
     del content["result_sha256"]
     write_json_atomic(paths.result_path, content)
-    assert list(find_other_result(paths)) == ["result.json"], "whoever lists files signs, too"
+    assert list(find_other_result(paths)) == ["result.json"], "a list of files is always signed"
     content["files"] = None  # an older run has neither
     write_json_atomic(paths.result_path, content)
     assert find_other_result(paths) == {}
@@ -141,7 +141,7 @@ def test_a_result_that_was_edited_is_named(paths: RunPaths) -> None:
 
 
 def write_export(paths: RunPaths) -> None:
-    """The export that was recorded, beside the model."""
+    """Write the recorded export next to the model."""
     for name, content in MODEL_FILES.items():
         target = paths.model_partial_dir / name.removeprefix("model/")
         target.parent.mkdir(exist_ok=True)
@@ -175,8 +175,8 @@ def test_what_another_version_of_a_library_writes_besides_is_left_out(
         DAMAGES["cut"](paths.model_dir / "adapter_model.safetensors")
         (paths.model_partial_dir / "tokenizer.json").write_text('{"version": "2.0"}')
         (paths.model_partial_dir / "adapter_config.json").unlink()
-    assert find_other_export(paths, files) == [], "what is whole needs no other"
-    mend_model(paths, files)
+    assert find_other_export(paths, files) == [], "a whole export needs no other"
+    restore_model_files(paths, files)
     assert find(paths) == {} and not (paths.model_dir / "new.json").exists()
 
 
@@ -186,22 +186,22 @@ def test_a_model_is_mended_file_by_file(paths: RunPaths) -> None:
         DAMAGES[damage](paths.model_dir / "adapter_model.safetensors")
         kept = (paths.model_dir / "adapter_config.json").stat()
         write_export(paths)
-        mend_model(paths, files)
+        restore_model_files(paths, files)
         assert find(paths) == {} and not paths.model_partial_dir.exists()
-        assert (paths.model_dir / "adapter_config.json").stat() == kept, "what was whole stays"
+        assert (paths.model_dir / "adapter_config.json").stat() == kept, "whole files stay"
     for is_there in (True, False):
         shutil.rmtree(paths.model_dir)
         if is_there:
             paths.model_dir.mkdir()
         write_export(paths)
-        mend_model(paths, files)
+        restore_model_files(paths, files)
         assert find(paths) == {} and not paths.model_partial_dir.exists()
 
 
 KILLED = """\
 import itertools, os, signal, sys
 from pathlib import Path
-from runner.run.manifest import mend_model
+from runner.run.manifest import restore_model_files
 from runner.run.paths import RunPaths
 from runner.run.result import load_result
 paths, nth = RunPaths(Path(sys.argv[1])), int(sys.argv[2])
@@ -211,7 +211,7 @@ def hook(event, arguments):
         if next(counts) == nth:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
-mend_model(paths, files)
+restore_model_files(paths, files)
 """
 
 
@@ -230,7 +230,7 @@ def test_a_kill_at_any_instant_of_mending_leaves_no_file_worse(paths: RunPaths) 
             assert (paths.run_dir / name).read_bytes() in (before[name], content)
         shutil.rmtree(paths.model_partial_dir, ignore_errors=True)
         write_export(paths)
-        mend_model(paths, load(paths).files or {})
+        restore_model_files(paths, load(paths).files or {})
         assert find(paths) == {}
     assert codes[-1] == 0 and number > len(MODEL_FILES), "each rename was one of the instants"
 

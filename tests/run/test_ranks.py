@@ -46,7 +46,7 @@ signal.pause()
 
 @contextmanager
 def rank(paths: RunPaths, number: int = 1) -> Iterator[subprocess.Popen[str]]:
-    """A process that joins an attempt; what is left of it is killed in the end."""
+    """A process that joins an attempt; what is left of it is killed at the end."""
     process = subprocess.Popen(
         [sys.executable, "-c", RANK, str(paths.run_dir), str(number)],
         stdout=subprocess.PIPE,

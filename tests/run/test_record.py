@@ -1,4 +1,4 @@
-"""The status of a run is derived from what lies on disk, each state from its own traces."""
+"""The status of a run is derived from its files, each state from its own traces."""
 
 from __future__ import annotations
 
@@ -238,7 +238,9 @@ def test_a_refused_resume_is_no_failure_of_the_recipe(run: Run) -> None:
 
 
 def test_failed_when_only_the_trainer_could_say_so(run: Run) -> None:
-    """The launcher was killed between the trainer's last word and its own."""
+    """The launcher was killed after the training process wrote its failure, before it recorded the
+    end itself.
+    """
     attempt = run.attempt()
     failure = Failure(kind="diverged", message="nan at step 3")
     write_json_atomic(run.paths.attempt(attempt.number).failure_path(), failure.model_dump())
@@ -289,7 +291,7 @@ def test_changed_when_result_and_recipe_are_of_two_experiments(run: Run) -> None
 
 
 def put_checkpoint(run: Run) -> None:
-    """A committed one, as far as anybody looks who does not verify it."""
+    """A committed checkpoint that looks complete without verification."""
     folder = run.paths.checkpoint_dir(4)
     folder.mkdir(parents=True)
     marker_path(folder).write_text("{}")
@@ -326,7 +328,7 @@ def test_a_checkpoint_of_other_rules_is_not_continued(
     )
     line = (
         f"rules of rows and masks: {rules} -> {RULES} (only a runner with rules {rules} can"
-        " continue it)"
+        " resume it)"
     )
     status = run.status()
     assert (status.state, status.differences) == ("changed", (line,))
@@ -426,7 +428,7 @@ def test_a_stored_recipe_comes_back_whole(run: Run) -> None:
 
 
 def test_a_stored_recipe_stays_readable_when_a_value_is_refused_since(tmp_path: Path) -> None:
-    """Else a completed run would be unreadable after an update."""
+    """Otherwise a completed run would be unreadable after an update."""
     paths = RunPaths(tmp_path)
     recipe = parse_recipe(TEXT, where="r.yaml").model_dump(mode="json")
     recipe["training"]["optim"] = "adalomo"

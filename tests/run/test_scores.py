@@ -36,7 +36,7 @@ def make_rows() -> list[dict[str, Any]]:
     ]
 
 
-def sum_up(rows: list[dict[str, Any]]) -> SplitScore:
+def summarize_rows(rows: list[dict[str, Any]]) -> SplitScore:
     counts = {name: sum(row[name] for row in rows) for name in COUNTS}
     sums = {name: math.fsum(row[name] for row in rows) for name in SUMS}
     return SplitScore(num_rows=len(rows), **counts, **sums)
@@ -44,7 +44,7 @@ def sum_up(rows: list[dict[str, Any]]) -> SplitScore:
 
 def make_result(rows: list[dict[str, Any]]) -> TrainResult:
     scores = {
-        model: {"test": sum_up([row for row in rows if row["model"] == model])}
+        model: {"test": summarize_rows([row for row in rows if row["model"] == model])}
         for model in ("base", "tuned")
     }
     return TrainResult(

@@ -1,5 +1,5 @@
-"""Runs whose models answer: interrupted and uninterrupted alike, on any number of ranks, trained as
-if they did not.
+"""Runs whose models answer: equal if interrupted or not, on any number of ranks, and trained as
+without answers.
 """
 
 from __future__ import annotations

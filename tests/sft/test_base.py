@@ -1,4 +1,4 @@
-"""The base model is scored by one run and taken by others; whatever is in the way costs the
+"""The base model is scored by one run, and other runs read its scores; a problem costs the
 computation, never a run.
 """
 
@@ -79,7 +79,7 @@ def make_scores(nats: float = 0.1) -> BaseScores:
 
 
 def score_again(scores: BaseScores) -> list[RowScore]:
-    """Two rows by themselves, which moves the last bits."""
+    """Score two rows alone, which changes the last bits."""
     return [replace(one, nll_sum=one.nll_sum + 1e-9) for one in scores.test[4:]]
 
 
@@ -91,7 +91,7 @@ class FullDisk(BaseScores):
 
 @dataclass
 class Place:
-    """A project in which runs of one model ask for scores, each in a context of its own."""
+    """A project in which runs of one model need base scores, each in its own context."""
 
     project: Project
     trainer: Any
@@ -245,7 +245,7 @@ def test_scores_that_are_not_what_is_computed_go_into_quarantine_and_are_named(
         assert main([verb, "recipe.yaml"]) == 0  # its run is another one: `base`
         said = "".join(capsys.readouterr())
         is_named = "tests/a, attempt 1" in said and "tests/b, attempt 1" in said
-        assert is_named == (verb == "status"), "a report speaks of its own runs"
+        assert is_named == (verb == "status"), "a report covers its own runs"
     place.obtain("c")
     place.obtain("d")
     assert place.computed == ["a", "b", "c"]
@@ -374,7 +374,7 @@ def test_a_damaged_entry_is_put_aside_and_made_anew(place: Place, damage: str) -
     assert place.computed == ["a", "b"] and place.source("b").is_kept
     [aside] = list_quarantined(place.root)
     assert aside.found_by["run"] == "tests/b" and aside.why
-    # Nobody took what was only damaged: the log says so, and no warning beside the runs.
+    # No run used the damaged entry: only the log says so, without a warning next to the runs.
     is_damaged = damage in ("cut", "gone", "no manifest any more")
     assert aside.is_damaged == is_damaged
     assert len(find_other_base_scores(place.root.parent)) == (0 if is_damaged else 1)
@@ -397,7 +397,7 @@ def test_a_place_where_nothing_can_be_written_costs_the_entry_only(place: Place)
 
 
 def test_a_run_waits_for_the_one_that_computes(place: Place) -> None:
-    """In a phase that is known to be silent, and takes what it then finds."""
+    """It waits in a phase that is known to be silent, and then uses the scores."""
     place.obtain("a")
     entry = place.entries[0]
     hidden = entry.rename(entry.with_name(".hidden"))
@@ -432,7 +432,7 @@ def test_a_run_waits_for_the_one_that_computes(place: Place) -> None:
 
 
 def test_waiting_for_a_lock_throws_no_dice_that_a_trainer_throws(tmp_path: Path) -> None:
-    """Somebody who only looks holds it for an instant."""
+    """Another process probes the lock, so it is held for an instant."""
     path = tmp_path / "lock"
     lock, dice = Lease(path), random.getstate()
     with path.open("rb") as looking:
@@ -489,7 +489,7 @@ def obtain_unlike(place: Place, name: str) -> BaseScores:
 
 
 def test_nobody_waits_for_scores_that_cannot_be_kept(place: Place) -> None:
-    """The first run says so under the key, and whoever asks later takes no lock."""
+    """The first run records this under the key, and later ones take no lock."""
     obtain_unlike(place, "a")
     why = str(place.source("a").why)
     [lock] = place.root.glob("*.lock")
@@ -499,7 +499,7 @@ def test_nobody_waits_for_scores_that_cannot_be_kept(place: Place) -> None:
     assert place.computed == ["a", "b"] and place.source("b").why == why
     find_marker(place).write_text("{")  # says nothing any more
     obtain_unlike(place, "c")
-    assert find_not_shared(lock.with_suffix("")) == why, "it is written anew"
+    assert find_not_shared(lock.with_suffix("")) == why, "it is written again"
 
 
 def find_marker(place: Place) -> Path:
@@ -574,7 +574,7 @@ def test_scores_on_a_gpu_may_differ_by_the_order_of_their_sums() -> None:
 
 
 def test_an_entry_whose_other_rows_are_of_other_weights_is_not_taken(place: Place) -> None:
-    """Though the few rows beside them are what is computed."""
+    """The few rows that are scored again agree."""
     place.obtain("a")
     path = place.entries[0] / "scores.json"
     scores = load_json(path)

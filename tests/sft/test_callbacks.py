@@ -69,7 +69,7 @@ def test_patience_counts_evaluations_without_improvement() -> None:
 def test_patience_is_that_of_a_count_kept_step_by_step(
     values: list[float], patience: int, threshold: float, mode: str
 ) -> None:
-    """As Transformers' callback counts it: a run stops at the first prefix that is out of
+    """Transformers' callback counts in this way: a run stops at the first prefix that is out of
     patience.
     """
     sign = 1 if mode == "min" else -1

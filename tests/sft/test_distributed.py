@@ -74,7 +74,9 @@ def zero_lora(finished: Project) -> RunPaths:
 
 
 def assert_same_experiment(found: RunPaths, reference: RunPaths) -> None:
-    """The same rows, losses, scores and choice of checkpoint, but for the order of float32 sums."""
+    """Assert the same rows, losses, scores and choice of checkpoint, except for the order of
+    float32 sums.
+    """
     one, other = read_result(found), read_result(reference)
     assert load_json(found.samples_path) == load_json(reference.samples_path)
     assert (one.recipe_digest, one.num_steps, one.best_step) == (
@@ -115,7 +117,7 @@ def assert_same_experiment(found: RunPaths, reference: RunPaths) -> None:
 
 
 def assert_same_weights(found: RunPaths, reference: RunPaths, file_name: str) -> None:
-    """Whole tensors under the same names, equal but for rounding."""
+    """Assert whole tensors under the same names, equal except for rounding."""
     one, other = (load_file(paths.model_dir / file_name) for paths in (found, reference))
     assert one.keys() == other.keys()
     for name in one:

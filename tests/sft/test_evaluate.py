@@ -1,4 +1,4 @@
-"""Scores are those of a straightforward computation, whatever the batch size."""
+"""Scores are those of a straightforward computation, for any batch size."""
 
 from __future__ import annotations
 

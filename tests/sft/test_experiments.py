@@ -45,7 +45,7 @@ FORCED_BY_CPU: Final = {
     "launch.num_processes=2": "eight processes on two cores take minutes; two shard as well",
     "training.fp16=false": "accelerate refuses float16 autocast on the CPU",
 }
-# The run is started again by the test, as by somebody who finds it interrupted.
+# The test starts the run again, as a user does who finds it interrupted.
 NO_RETRY: Final = "launch.retries.lost=0"
 ON_ONE_CPU: Final = tuple(FORCED_BY_CPU)[:2]
 # accelerate_configs/zero3.yaml takes the CPU where there is no GPU
@@ -54,7 +54,7 @@ ON_TWO_RANKS: Final = tuple(FORCED_BY_CPU)[1:3]
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe, the tiny family that stands for its model, and what makes it small."""
+    """A recipe, the tiny family that replaces its model, and the overrides that make it small."""
 
     recipe: str
     family: str
@@ -300,7 +300,7 @@ def test_it_keeps_the_checkpoints_that_the_recipe_asks_for(finished: Finished) -
     assert archived == (
         {folder.name for folder in kept.values()} if checkpoints.archive == "zip" else set()
     )
-    if finished.experiment.forced != ON_TWO_RANKS:  # DeepSpeed has files of its own
+    if finished.experiment.forced != ON_TWO_RANKS:  # DeepSpeed has its own files
         with_optimizer = {
             step for step, folder in kept.items() if (folder / "optimizer.pt").exists()
         }
@@ -318,7 +318,7 @@ def test_it_keeps_the_checkpoints_that_the_recipe_asks_for(finished: Finished) -
     indirect=True,
 )
 def test_it_ended_as_a_run_that_a_sweep_left_alone(finished: Finished) -> None:
-    """That one is started warm where it can be, so not under DeepSpeed."""
+    """The undisturbed run starts warm if it can, so not under DeepSpeed."""
     project = finished.project
     recipe = project.write_recipe("left-alone.yaml", *finished.overrides)
     swept = project.cli("sweep", recipe)

@@ -1,5 +1,5 @@
-"""Real exceptions in real trainers: told by kind, retried as the recipe says, and the result is the
-same to the bit.
+"""Real exceptions in real training processes: classified by kind, retried as the recipe says, with
+the same result to the bit.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from runner.checkpoints.commit import give_back_on_full_disk
+from runner.checkpoints.commit import delete_on_full_disk
 from runner.model.memory import require_room, require_room_for_checkpoint, require_space
 from runner.recipe.parse import parse_recipe
 from runner.run.paths import RunPaths
@@ -113,7 +113,7 @@ def test_a_partial_checkpoint_gives_its_room_back(error: OSError, tmp_path: Path
     partial.mkdir()
     with (
         pytest.raises(OSError),
-        give_back_on_full_disk(partial, paths.checkpoint_dir(4), is_main=True),
+        delete_on_full_disk(partial, paths.checkpoint_dir(4), is_main=True),
     ):
         raise error
     is_full = error.errno != errno.EIO

@@ -1,5 +1,5 @@
-"""Answers are those of plain greedy decoding, whatever the batch, and nothing of the model or the
-dice is changed.
+"""Answers are those of plain greedy decoding, for any batch, and neither the model nor the random
+states change.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from runner.sft.generation import (
     build_prompt,
     generate_answers,
     load_answers,
+    refuse_unjudgeable,
     refuse_unjudged,
-    refuse_what_cannot_be_judged,
     score_answers,
     write_answers,
 )
@@ -166,8 +166,8 @@ def test_a_run_answers_in_batches_of_their_own_or_as_it_scores(
 
 
 def test_an_answer_ends_with_the_turn(load: Callable[[str], Loaded]) -> None:
-    """A model that always says one token: any other goes on to the limit, the end of turn ends at
-    once.
+    """The model always says one token: any other token continues to the limit, the end of turn
+    stops immediately.
     """
     model, tokenizer, rows = load("gemma")
     end_of_turn, word = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "▁the"])
@@ -302,7 +302,7 @@ def test_a_function_that_fails_on_an_empty_answer_is_found_before_training(
 
     def refuse(body: str) -> None:
         source = f"def score(prediction, references, row):\n    return {body}\n"
-        refuse_what_cannot_be_judged(recipe.with_sources({"scores.py": source}), samples)
+        refuse_unjudgeable(recipe.with_sources({"scores.py": source}), samples)
 
     refuse("len(prediction) / row['n']")
     with pytest.raises(DataError, match=r"d\.jsonl line 4: scores\.py line 2, in `score`: Zero"):
@@ -337,9 +337,9 @@ def test_a_metric_that_chooses_must_be_defined_on_the_validation_rows(project: P
         split = Split(tuple(chosen), ())
         return Samples(split, split, split, LeftOut())
 
-    refuse_what_cannot_be_judged(recipe, samples(*reversed(rows)))
+    refuse_unjudgeable(recipe, samples(*reversed(rows)))
     with pytest.raises(DataError, match="no validation row can be judged by `no_answer_accuracy`"):
         # The only one without an answer is the third.
-        refuse_what_cannot_be_judged(recipe, samples(*rows))
+        refuse_unjudgeable(recipe, samples(*rows))
     with pytest.raises(DataError, match="begins with its completion"):
-        refuse_what_cannot_be_judged(recipe, samples(make_row("r", (1, 2), (0, 2))))
+        refuse_unjudgeable(recipe, samples(make_row("r", (1, 2), (0, 2))))

@@ -1,5 +1,5 @@
-"""The end of a trainer: nothing that was written gets lost when it leaves without taking the
-interpreter apart, and it does not where somebody works while the interpreter ends.
+"""The exit of a training process: nothing that was written gets lost if it exits without the
+interpreter's teardown, and it does not exit so if other work needs the teardown.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Final
 import pytest
 
 from runner.recipe.parse import Recipe, parse_recipe
-from runner.sft.leave import may_leave_at_once
+from runner.sft.leave import may_exit_immediately
 from runner.sft.startup import WorldPlace
 from tests.conftest import ROOT, Project
 from tests.recipe.test_parse import TEXT
 from tests.support.training_runs import launch, read_log
 
-# As a library or a plug-in of the user's would: files that stay open, and work at the end.
+# Like a library or a user's plug-in: files that stay open, and work at the end.
 _WRITER: Final = """\
 import atexit, gzip, io, logging, os, sys, tempfile, threading, time, zipfile, ctypes
-from runner.sft.leave import leave_at_once
+from runner.sft.leave import exit_immediately
 
 text = open("text", "w"); text.write("a line\\nhalf a line")
 binary = open("binary", "wb"); binary.write(b"some bytes")
@@ -64,7 +64,7 @@ stream = libc.fopen(b"of_c", b"w")
 libc.fputs(b"C's own buffer", ctypes.c_void_p(stream))
 sys.stdout.write("printed without an end of line")
 sys.stderr.write("said")
-leave_at_once(int(sys.argv[1]))
+exit_immediately(int(sys.argv[1]))
 """
 _LEFT: Final = {
     "text": "a line\nhalf a line",
@@ -105,10 +105,10 @@ def test_nothing_that_was_written_is_lost(tmp_path: Path, status: int) -> None:
 
 def test_a_full_disk_does_not_keep_it(tmp_path: Path) -> None:
     program = (
-        "import sys; from runner.sft.leave import leave_at_once\n"
+        "import sys; from runner.sft.leave import exit_immediately\n"
         "full = open('/dev/full', 'w'); full.write('x')\n"
         "other = open('other', 'w'); other.write('y')\n"
-        "leave_at_once(0)"
+        "exit_immediately(0)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
@@ -121,9 +121,9 @@ def load(*overrides: str) -> Recipe:
 
 def test_a_plain_run_of_one_process_may_leave_at_once() -> None:
     if sys.gettrace() is None and "coverage" not in sys.modules:
-        assert may_leave_at_once(load(), WorldPlace())
-    assert not may_leave_at_once(load(), WorldPlace(world_size=2))
-    assert not may_leave_at_once(load("tracking.report_to=[tensorboard]"), WorldPlace())
+        assert may_exit_immediately(load(), WorldPlace())
+    assert not may_exit_immediately(load(), WorldPlace(world_size=2))
+    assert not may_exit_immediately(load("tracking.report_to=[tensorboard]"), WorldPlace())
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ def test_who_is_watched_leaves_as_any_program(begun: str, may: bool, tmp_path: P
     program = (
         "import json, os, sys\n"
         "from runner.recipe.parse import load_recipe\n"
-        "from runner.sft.leave import may_leave_at_once\n"
+        "from runner.sft.leave import may_exit_immediately\n"
         "from runner.sft.startup import WorldPlace\n"
         "from pathlib import Path\n"
         f"{begun}\n"
-        "answer = may_leave_at_once(load_recipe(Path('recipe.yaml')), WorldPlace())\n"
+        "answer = may_exit_immediately(load_recipe(Path('recipe.yaml')), WorldPlace())\n"
         "sys.settrace(None); sys.setprofile(None)\n"
         "print(json.dumps(answer))"
     )
@@ -168,7 +168,7 @@ def test_who_is_watched_leaves_as_any_program(begun: str, may: bool, tmp_path: P
     assert json.loads(done.stdout) is may
 
 
-# In the trainer alone. What is torn down last tells that the interpreter was taken apart.
+# In the training process only. The last step of a teardown shows that there was one.
 _PLUG_IN: Final = """\
 import atexit, os, sys
 
@@ -206,4 +206,4 @@ def test_a_finished_trainer_leaves_at_once_and_keeps_what_others_wrote(
     watched = {**environment, "COVERAGE_PROCESS_START": ""}
     paths = launch(project, "watched", *short, *rest, environment=watched)
     assert (tmp_path / "metrics").read_text() == "kept open, written at the end"
-    assert "taken apart" in read_log(paths), "else the first half shows nothing"
+    assert "taken apart" in read_log(paths), "otherwise the first half shows nothing"

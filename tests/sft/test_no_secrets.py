@@ -19,7 +19,7 @@ CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary/aws+canary/aws+canary/aws+canary0",
     "STORE_PASSWORD": "canary-of-the-store",
 }
-# A library that prints what it should not, through Python and past it.
+# A library that prints secrets, through Python and past it.
 CARELESS = """
 import atexit, os, sys
 def tell():
@@ -72,7 +72,7 @@ def test_no_secret_of_the_environment_is_found_in_what_is_left(project: Project)
     )
     assert done.returncode == 0, done.stderr
     log = (project.paths("completes").attempt(1).log_path).read_text()
-    assert "careless *** *** ***" in log and "past Python ***" in log, "the library did tell"
+    assert "careless *** *** ***" in log and "past Python ***" in log, "the library did print it"
 
     (project.root / "forged.jsonl").write_text(f"{rows}{json.dumps(forged)}\n")
     overrides = ("data.train.path=forged.jsonl", "data.num_train_samples=null")

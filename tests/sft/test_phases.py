@@ -40,7 +40,7 @@ LOADING: Final = ["loading the tokenizer", "loading the model"]
 
 
 def name_model_phases(root: Path, **environment: str) -> list[list[str]]:
-    """Of a folder, of `lab/tiny` and of another revision of that, under a cache of its own."""
+    """The phases of a folder, of `lab/tiny` and of another revision of it, with an empty cache."""
     (root / "models").mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(

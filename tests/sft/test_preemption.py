@@ -1,5 +1,5 @@
-"""An attempt that is asked to leave: when it does, what it says, what it leaves alone. Real
-processes and signals.
+"""An attempt that is asked to stop: its moment, its message, and the files that it does not touch.
+Real processes and signals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runner.run.record import StopRequest
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace
 
-# One rank: listens, says that it does, and does what it is told, line by line, until it is ended.
+# One rank: reports that it listens, and follows its script, line by line, until it is ended.
 RANK = """\
 import json, os, sys, threading
 from pathlib import Path
@@ -150,8 +150,8 @@ def test_a_process_that_fails_by_itself_is_left_to_say_so(tmp_path: Path) -> Non
 
 
 def test_a_launcher_that_ends_the_rest_after_a_kill_is_no_preemption(tmp_path: Path) -> None:
-    """torchrun sends TERM to the other ranks when one has gone; what was killed from outside is
-    lost, not preempted.
+    """torchrun sends TERM to the other ranks when one is gone; a rank that was killed from outside
+    is lost, not preempted.
     """
     launcher = f"""\
 import os, signal, subprocess, sys
@@ -185,8 +185,8 @@ ranks[1].kill()
 
 
 def test_children_do_not_speak_for_their_parent(tmp_path: Path) -> None:
-    """A data loader's worker is ended by TERM; the trainer's wake-up pipe, which it inherits, must
-    not hear of it.
+    """A data loader's worker is ended by TERM. The wake-up pipe of the training process, which it
+    inherits, must not get the signal.
     """
     rank = Rank(tmp_path)
     rank.tell("import signal; work = lambda: signal.raise_signal(signal.SIGTERM)")

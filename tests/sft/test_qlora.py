@@ -85,7 +85,7 @@ def test_gradients_survive_an_evaluation(four_bit_model: Any) -> None:
     gradient passes then.
     """
     for name, module in four_bit_model.named_modules():
-        # Zero at first, which would hide what lies below from the gradient.
+        # Zero at first, which would hide the layers below from the gradient.
         if name.endswith("lora_B.default"):
             torch.nn.init.normal_(module.weight, std=0.1)
     before = gradients(four_bit_model)
@@ -129,7 +129,7 @@ def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: R
 
 
 @pytest.mark.slow
-def test_qlora_merges_into_weights_that_are_not_quantised(
+def test_qlora_merges_into_weights_that_are_not_quantized(
     workplace: Project, qlora: RunPaths
 ) -> None:
     done = workplace.cli("export", qlora.run_dir, "--output", "merged-qlora", "--merge")

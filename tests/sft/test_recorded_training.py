@@ -55,7 +55,7 @@ def test_a_result_says_what_was_trained(finished: Project, name: str) -> None:
         strategy=recipe.training.train_sampling_strategy,
     )
     batches = list(sampler.list_batches(result.num_steps))
-    # TRL adds up the tokens of what it was really given.
+    # TRL adds up the tokens of its real input.
     history = read_last_state(paths, result.num_steps)["log_history"]
     totals = [0, *(row["num_tokens"] for row in history if "num_tokens" in row and "loss" in row)]
     lengths = train.list_lengths()

@@ -141,7 +141,7 @@ def test_a_record_of_rows_that_cannot_be_read_is_told_and_left_alone(
 def test_without_a_record_of_rows_a_resume_says_so_and_writes_one(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As where a checkpoint was brought in from elsewhere."""
+    """This happens if a checkpoint came from elsewhere."""
     recorder = record(project, Samples(make_rows("a"), make_rows("b"), make_rows("c"), LeftOut()))
     recorder.require_same_samples()
     assert "samples.json: the rows are assumed unchanged" in capsys.readouterr().out

@@ -1,6 +1,4 @@
-"""A repaired `model/` has the bytes of the first export, whatever became of it, or stays as it
-is.
-"""
+"""A repaired `model/` has the bytes of the first export after any damage, or stays as it is."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def copy_run(finished: Project, name: str, copy_name: str) -> RunPaths:
-    """A completed run under another name, with a recipe of its own."""
+    """A completed run under another name, with its own recipe."""
     source, copy = finished.paths(name), finished.paths(copy_name)
     shutil.copytree(source.run_dir, copy.run_dir)
     stored = load_json(copy.recipe_path)
@@ -85,7 +83,7 @@ def test_a_removed_model_is_written_again_and_a_kill_on_the_way_leaves_nothing_w
 
 
 def test_another_export_than_was_recorded_leaves_the_old_one(finished: Project) -> None:
-    """As another version of a library would write it: here the record says so."""
+    """Another version of a library could write it; here the record is changed."""
     paths = copy_run(finished, "gemma-lora", "repaired-otherwise")
     result = load_json(paths.result_path)
     del result["result_sha256"]

@@ -53,9 +53,7 @@ def quarantined(paths: RunPaths) -> list[str]:
 
 
 def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
-    """One run, killed five times; each attempt goes on where the last one left a whole
-    checkpoint.
-    """
+    """One run, killed five times; each attempt resumes from the last whole checkpoint."""
     name, overrides = "killed-often", RUNS["gemma-lora"]
     paths = launch_killed_at(
         finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json"
@@ -70,7 +68,7 @@ def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
     # The base's scores, which a checkpoint carries, are being put back.
     launch_killed_at(finished, name, *overrides, event="os.rename", path="/eval_rows.jsonl")
     assert quarantined(paths) == ["checkpoint-8.1", "step-12.1"]
-    # The final scores stand, the export has not begun.
+    # The final scores are written, the export has not begun.
     launch_killed_at(finished, name, *overrides, event="os.mkdir", path="/.model-partial")
     assert "resuming from step 8" in read_log(paths)
     launch_killed_at(finished, name, *overrides, event="os.rename", path="result.json")
@@ -93,7 +91,7 @@ def test_patience_of_early_stopping_spans_a_kill(finished: Project) -> None:
     assert_same_outputs(paths, finished.paths("llama-early"))
 
 
-# As in a shell that `torchrun` or `accelerate launch` has started, on the second of two machines.
+# The environment of a shell under `torchrun` or `accelerate launch` on the second of two machines.
 OF_ANOTHER_LAUNCHER: Final = {
     "RANK": "1",
     "WORLD_SIZE": "2",

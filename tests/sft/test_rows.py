@@ -48,7 +48,7 @@ def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def open_run(project: Project, *overrides: str) -> tuple[RunContext, Any]:
-    """A run as its trainer sees it, and its tokenizer."""
+    """A run as its training process opens it, and its tokenizer."""
     context = open_context(project, *overrides)
     hashes = ContentHashes(project.root / "hashes.json")
     context.contents = hash_contents(context.recipe, hashes)
@@ -187,7 +187,7 @@ def test_a_run_waits_for_another_that_masks_the_same_rows(
 def test_a_run_waits_no_longer_for_one_that_does_not_go_on(
     here: Project, is_stopped: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else a holder that was stopped would hold up every run that wants the same rows."""
+    """Otherwise a stopped holder would delay every run that needs the same rows."""
     write_large(here)
     context, tokenizer = open_run(here, *LARGE)
     store = RowStore(context, tokenizer, patience_seconds=0.3)
@@ -215,21 +215,21 @@ def test_a_run_waits_no_longer_for_one_that_does_not_go_on(
 def test_a_writer_is_at_work_as_long_as_its_files_change(tmp_path: Path) -> None:
     folder = tmp_path / "key"
     watch = Watch(folder, 300.0)
-    assert watch.is_at_work(1000.0) and watch.is_at_work(1299.0)
-    assert not watch.is_at_work(1300.0), "it has not even begun"
+    assert watch.is_working(1000.0) and watch.is_working(1299.0)
+    assert not watch.is_working(1300.0), "it has not even begun"
     other, own = tmp_path / ".other.1-a.tmp", tmp_path / ".key.1-a.tmp"
     other.mkdir()
     (other / "train-00000.arrow").write_bytes(b"rows")
-    assert not watch.is_at_work(1301.0), "it writes another entry"
+    assert not watch.is_working(1301.0), "it writes another entry"
     own.mkdir()
     shard = own / "train-00000.arrow"
     shard.write_bytes(b"rows")
-    assert watch.is_at_work(1400.0) and watch.is_at_work(1699.0)
+    assert watch.is_working(1400.0) and watch.is_working(1699.0)
     with shard.open("ab") as stream:
         stream.write(b"more")
-    assert watch.is_at_work(1701.0) and not watch.is_at_work(2001.0)
+    assert watch.is_working(1701.0) and not watch.is_working(2001.0)
     os.utime(shard, (0, 0))
-    assert watch.is_at_work(2002.0)
+    assert watch.is_working(2002.0)
 
 
 def test_files_that_changed_since_the_run_was_prepared_are_not_stored(here: Project) -> None:

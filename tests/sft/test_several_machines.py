@@ -1,8 +1,7 @@
-"""One run on two machines of a real Slurm: the same bytes as on one, and whatever is killed, no
-rank trains on.
+"""One run on two machines of a real Slurm: the same bytes as on one, and no rank continues after a
+kill.
 
-The two machines are two slurmd of this one: what the ranks have in common is the file system, the
-job and a port.
+The two machines are two slurmd of this one: the ranks share the file system, the job and a port.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def finish(cluster: LocalSlurm, project: Project, name: str) -> RunPaths:
 
 
 def find_ranks(run_dir: Path) -> dict[int, int]:
-    """Process ids of the trainer, by rank."""
+    """Process ids of the ranks, by rank."""
     ranks = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         words = read(path).split("\0")
@@ -116,8 +115,8 @@ def kill_srun(_: LocalSlurm, runner: int, __: dict[int, int]) -> None:
 
 
 def lose_second_machine(cluster: LocalSlurm, _: int, __: dict[int, int]) -> None:
-    """As in a power loss: Slurm's own daemon is gone too, until somebody switches the machine on
-    again.
+    """Kill all processes of the second machine, as in a power loss; Slurm's own daemon is gone too,
+    until it is started again.
     """
     cluster.kill("node1")
     cluster.kill_jobs("node1")
@@ -159,7 +158,9 @@ def test_no_rank_outlives_a_kill_and_the_next_launch_ends_with_the_same_bytes(
         )
         os.close(pidfd)
     if victim == "everything on the second machine":
-        cluster.run("scancel", job)  # its Slurm is alive, has lost the tasks and never tells `srun`
+        cluster.run(
+            "scancel", job
+        )  # its Slurm is alive, has lost the tasks and never reports it to `srun`
     wait_until(
         lambda: not has_ranks(paths) and not is_leased(paths.lease_path), "the run is let go of"
     )

@@ -1,5 +1,5 @@
-"""Real runs with and without shared scores of the base model: the same bytes, whoever computed
-them, whatever happens while they are written.
+"""Real runs with and without shared scores of the base model: the same bytes, for any producer of
+the scores and any failure while they are written.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read_all(paths: RunPaths) -> dict[str, bytes]:
 
 
 def test_a_run_leaves_the_same_bytes_whoever_scored_its_base(project: Project) -> None:
-    """LoRA and full, of two losses each: by itself, forked, and started alone."""
+    """LoRA and full, of two losses each: with its own scores, forked, and started alone."""
     project.add_model()
     recipes = {
         "lora": project.write_recipe("recipes/lora.yaml", *SHORT),

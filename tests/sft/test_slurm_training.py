@@ -26,7 +26,7 @@ def test_a_requeued_run_ends_with_the_same_bits(shared_slurm: LocalSlurm, projec
     paths = project.paths("queued")
     wait_until(marker_path(paths.checkpoint_dir(2)).exists, "the run trains")
     (task,) = shared_slurm.list_jobs()
-    # As Slurm does near the time limit.
+    # Slurm does this near the time limit.
     shared_slurm.run("scancel", "--batch", "--signal=USR1", task)
     wait_until(lambda: shared_slurm.list_jobs() == {}, "the task ends")
     assert [(one["failure"] or {}).get("kind") for one in read_attempts(paths)] == [

@@ -1,5 +1,5 @@
-"""Real runs that are asked to leave, or whose processes are signalled: all ranks at the same step,
-nothing left alive, and what was interrupted ends with the same bytes.
+"""Real runs that are asked to stop, or whose processes get signals: all ranks stop at the same
+step, nothing stays alive, and interrupted runs end with the same bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def ddp_alone(workplace: Project) -> RunPaths:
 
 
 def start(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
-    """`runner ARGUMENTS` in the background; what it prints goes to a file of the project."""
+    """`runner ARGUMENTS` in the background; its output goes to a file of the project."""
     with (project.root / "printed.txt").open("ab") as printed:
         return subprocess.Popen(
             [str(RUNNER), *arguments],
@@ -100,13 +100,13 @@ def started_in_training(
 def wait_for_steps(
     paths: RunPaths, attempt: int, steps: int, process: subprocess.Popen[bytes]
 ) -> None:
-    """Until an attempt has made some steps, counted from the first one that it tells of."""
+    """Wait until an attempt has made some steps, counted from the first one that it reports."""
     deadline, first = time.monotonic() + DEADLINE_SECONDS, None
     while True:
         assert process.poll() is None, f"the run ended too early:\n{read_log(paths)}"
         assert time.monotonic() < deadline, f"it never trained:\n{read_log(paths)}"
         progress = load_progress(paths.attempt(attempt).progress_path)
-        # Whatever its phase: a step takes less than a report.
+        # In any phase: a step takes less time than a report.
         if progress is not None and progress.step > 0:
             first = progress.step if first is None else first
             if progress.step >= first + steps:
@@ -281,7 +281,9 @@ def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
 
 
 def list_owned(paths: RunPaths) -> list[int]:
-    """Processes that carry an attempt of a run in their environment, whoever their parent is."""
+    """Processes that carry an attempt of a run in their environment, no matter which parent they
+    have.
+    """
     needle, found = f"{OWNER_VARIABLE}={name_owner(paths)}:".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Runs whose rows are stored: whatever happens to the entry or to an attempt, each ends with the
+"""Runs whose rows are stored: after any damage to the entry or the attempt, each ends with the
 bytes of a run that masked its rows itself.
 """
 
@@ -51,7 +51,7 @@ def launch_without_entry(
 
 
 def list_kinds(project: Project) -> list[str]:
-    """Entries and what is left of such, without the random part of their names."""
+    """Entries and their leftovers, without the random part of their names."""
     stored = list_stored(row_entries_dir(project.root / "runs"))
     return ["leftover" if one.path.name.startswith(".") else "entry" for one in stored]
 

@@ -108,8 +108,8 @@ def test_sweeps_killed_many_times(
     spread: float,
     tell: Tell,
 ) -> None:
-    """As many sweeps as it takes for so many kills; after each third one, what goes on is a copy of
-    the files.
+    """As many sweeps as that number of kills takes; after each third kill, a copy of the files
+    continues.
     """
     seed, sweeps = choose_seed(), []
     chance, lines = random.Random(seed), [f"SIGKILL to {wanted}, {mode}, KILL_SEED={seed}"]

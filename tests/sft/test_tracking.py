@@ -65,7 +65,7 @@ RESULT = TrainResult(
 
 
 def tell_steps(trackers: Trackers, steps: range, *, evaluate_every: int = 4) -> None:
-    """As the trainer tells them; the loss of a step is a tenth of it."""
+    """Report steps as the training process does; the loss of a step is a tenth of its number."""
     for step in steps:
         state = TrainerState(global_step=step, max_steps=12, epoch=step / 6)
         trackers.on_log(
@@ -130,7 +130,7 @@ def read_wandb_history(records: list[Any]) -> list[dict[str, Any]]:
 
 
 def digest_of(content: bytes | str) -> str:
-    """As Weights & Biases writes it into an artifact."""
+    """The digest that Weights & Biases writes into an artifact."""
     return base64.b64encode(
         hashlib.md5(content.encode() if isinstance(content, str) else content).digest()
     ).decode()
@@ -325,7 +325,7 @@ def test_a_resumed_attempt_counts_its_own_tokens_only(project: Project) -> None:
 
 
 def test_wandb_without_credentials_is_a_configuration_error(project: Project) -> None:
-    """In a process of its own: Weights & Biases keeps what it learned about the environment."""
+    """In its own process, because Weights & Biases keeps what it learned about the environment."""
     code = (
         "from pathlib import Path\n"
         "from runner.errors import RunnerError\n"
@@ -358,9 +358,7 @@ def test_wandb_without_credentials_is_a_configuration_error(project: Project) ->
 
 @pytest.fixture(scope="module")
 def tracked(finished: Project) -> RunPaths:
-    """A LoRA run that is killed while it saves step 8 and goes on from step 4, with two
-    trackers.
-    """
+    """A LoRA run with two trackers that is killed while it saves step 8 and resumes from step 4."""
     overrides = (
         *RUNS["gemma-lora"],
         (
@@ -419,7 +417,7 @@ def test_wandb_of_a_killed_run_is_one_run_with_each_step_once(tracked: RunPaths)
     )
     evaluated = [row["train/global_step"] for row in rows if "eval/nll_per_token" in row]
     assert sorted(set(evaluated)) == evaluated
-    # killed at step 8; what it was told in the second before may be lost
+    # killed at step 8; calls of the second before may be lost
     second = read_wandb_history(attempts[1])
     assert [row["train/global_step"] for row in second if "train/loss" in row] == list(range(9, 16))
     assert [row["train/global_step"] for row in second if "eval/nll_per_token" in row] == [12, 15]

@@ -71,7 +71,7 @@ def test_result_is_complete(finished: Project, name: str) -> None:
 def test_every_second_of_an_attempt_is_of_one_phase(finished: Project) -> None:
     timing = load_json(finished.paths("gemma-lora").attempt(1).timing_path)
     seconds = timing["phase_seconds"]
-    # What is uploaded or downloaded, and what DeepSpeed compiles, is of no such run.
+    # Such a run uploads, downloads and compiles nothing.
     assert set(seconds) == {
         *("setting up", "loading the tokenizer", "reading rows", "masking rows"),
         *("choosing a checkpoint", "loading the model", "building the trainer"),

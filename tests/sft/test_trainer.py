@@ -1,4 +1,4 @@
-"""The trainer's additions to TRL's; the runs of `test_train.py` show that it trains."""
+"""Our additions to TRL's trainer; the runs of `test_train.py` show that it trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.contexts import open_context
 
 
 def test_each_micro_batch_is_a_sign_of_life(project: Project) -> None:
-    """A trainer without a model does not come further than that."""
+    """Without a model, the trainer stops there."""
     trainer = RunTrainer.__new__(RunTrainer)
     trainer.context = open_context(project)
     path = trainer.context.attempt.progress_path

@@ -1,5 +1,5 @@
-"""Runs that a sweep forks from a worker, beside runs that were started alone: by `launch`, or by
-hand with the command that was recorded.
+"""Runs that a sweep forks from a worker, compared with runs that were started alone: by `launch`,
+or manually with the recorded command.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_the_recorded_command_run_by_hand_gives_the_same_bytes(finished: Project
     assert [name for name in forked if by_hand[name] != forked[name]] == []
 
 
-# A trainer's own list of what it has imported, written when it writes its result, its last file.
+# A training process's list of its imports, written with its result, which is its last file.
 _LIST_MODULES = """\
 import json, os, sys
 from pathlib import Path
@@ -94,7 +94,7 @@ sys.addaudithook(_hook)
 
 def test_no_trainer_imports_what_its_recipe_has_no_use_for(project: Project) -> None:
     hidden = {"wandb", "bitsandbytes", "deepspeed", "scipy", "matplotlib"}
-    assert find_spec("scipy") and find_spec("matplotlib"), "else nothing would be shown"
+    assert find_spec("scipy") and find_spec("matplotlib"), "otherwise the test shows nothing"
     project.add_model()
     (project.root / "sitecustomize.py").write_text(_LIST_MODULES)
     path = f"{project.root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -1,5 +1,5 @@
-"""A worker and what it forks, over real processes and the real messages: its children do what the
-tests say instead of training.
+"""A worker and its children, over real processes and the real messages; the children follow the
+tests' script instead of training.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ READY: Final = "import signal; print('ready', flush=True); signal.pause()"
 
 @dataclass
 class Child:
-    """A forked process, and what it prints: nothing more once all that it started has ended."""
+    """A forked process, and its output, which is complete once all its descendants have ended."""
 
     process: ForkedProcess
     pidfd: int
@@ -70,7 +70,7 @@ class Child:
         return line.decode()
 
     def wait_for_end(self) -> None:
-        """Until it has ended, without anybody asking for its status, and what it started too."""
+        """Wait until it and its descendants have ended, without reading its exit status."""
         wait_until_dead(self.pidfd)
         assert select.select([self._output], [], [], PATIENCE_SECONDS)[0], "it lives on"
         assert os.read(self._output, 1) == b"", "it prints more"
@@ -78,7 +78,7 @@ class Child:
 
 @dataclass
 class Pair:
-    """A worker, and a lease of its own for each child."""
+    """A worker, and a separate lease for each child."""
 
     worker: Worker
     folder: Path
@@ -120,7 +120,7 @@ class Pair:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
-    """Starts a worker; `told` is what it executes before it serves."""
+    """Start a worker; `told` is executed before it serves."""
     pairs: list[Pair] = []
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
@@ -244,7 +244,7 @@ def test_nothing_outlives_a_worker(ends: str, start: Callable[..., Pair]) -> Non
         child.wait_for_end()
         assert not is_leased(pair.lease_path(1))
     if ends == "killed" and child is not None:
-        assert child.process.wait() is None, "nobody is left who knows"
+        assert child.process.wait() is None, "no process is left that knows"
         assert pair.worker.is_worn
 
 
@@ -409,6 +409,6 @@ def test_the_imports_leave_nothing_that_a_fork_does_not_survive() -> None:
         "state": [],
         "cuda": False,
         "settings": 0,
-        "left for the end": 0,  # else each child does it too, when it leaves
-        "knows architectures": True,  # else each child builds the table of them
+        "left for the end": 0,  # otherwise each child does it too at its exit
+        "knows architectures": True,  # otherwise each child builds the table of them
     }

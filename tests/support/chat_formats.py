@@ -1,5 +1,5 @@
-"""Chat templates and small real tokenizers for the tests of masks: TRL's real templates, and
-formats of our own.
+"""Chat templates and small real tokenizers for the tests of masks: TRL's real templates, and our
+own formats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MISTRAL = """\
     {%- endif %}
 {%- endfor %}"""
 
-# As the later Mistral templates: the system text opens the last user turn, wherever it stood.
+# As in later Mistral templates: the system text opens the last user turn, wherever it was.
 MISTRAL_SYSTEM_LAST = """\
 {{- bos_token }}
 {%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}
@@ -76,8 +76,7 @@ OUR_TEMPLATES = {
     "ours: Mistral, system last": MISTRAL_SYSTEM_LAST,
 }
 
-# The control tokens of all families at once: what matters to a mask is that they are special, not
-# whose they are.
+# The control tokens of all families together: for a mask it matters only that they are special.
 SPECIAL_TOKENS = [
     "<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>",
     "<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>",
@@ -91,7 +90,7 @@ SPECIAL_TOKENS = [
     "<|eot_id|>", "<|eot|>", "<|eom|>",
 ]  # fmt: skip
 
-# Those that stand around calls only; all but the last are ends in the families' generation configs.
+# Tokens around calls only; all but the last are ends in the families' generation configs.
 CALL_TOKENS = ["<|tool_response>", "<|observation|>", "<|assistant_end|>"]
 CALL_STOPS = frozenset({"<|tool_response>", "<|observation|>", "<|user|>"})
 LOOK_UP = {
@@ -115,7 +114,7 @@ def call_look_up(**arguments: Any) -> dict[str, Any]:
 
 
 def trl_template(name: str) -> str:
-    """The text of one of TRL's templates, as TRL ships it."""
+    """The text of one of TRL's templates."""
     return (TRL_TEMPLATES_DIR / f"{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -125,8 +124,8 @@ def trl_template_names() -> list[str]:
 
 @cache
 def _trained_bpe(kind: str) -> str:
-    """A BPE as JSON, learned from the templates' words: headers, spaces and newlines do merge with
-    the text.
+    """A BPE as JSON, trained on the words of the templates, so headers, spaces and newlines merge
+    with the text.
     """
     texts = [re.sub(r"[^\w\s:,.<>]", " ", template) for template in OUR_TEMPLATES.values()]
     texts += [

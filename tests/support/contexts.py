@@ -1,4 +1,4 @@
-"""A run inside a process that does not train."""
+"""A run's context inside a process that does not train."""
 
 from __future__ import annotations
 

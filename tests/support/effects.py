@@ -1,4 +1,4 @@
-"""Reports put together by hand, with effects of known numbers."""
+"""Reports built by hand, with effects of known size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -149,8 +149,8 @@ def make_report(rows: Sequence[ReportRow], **fields: Any) -> Report:
 
 
 def replicated_rows(root: Path, completion: Any = "completion") -> list[ReportRow]:
-    """The rows of `replicated_runs`, `completion` in place of that value of the axis: also what no
-    recipe may hold, as it could come from a record.
+    """The rows of `replicated_runs`, with `completion` in place of that value of the axis; it may
+    be a value that no recipe can hold but a record can.
     """
     rows = []
     for row in rows_of(replicated_runs(root)):

@@ -22,8 +22,8 @@ from runner.run.record import load_stored_recipe
 from tests.conftest import Project
 from tests.support.training_runs import read_result
 
-# Measured over all of `RUNS`: at most 5.1e-8 relative, of float32 log-probabilities; ten times
-# that.
+# Ten times the largest relative difference over all of `RUNS`, 5.1e-8, of float32
+# log-probabilities.
 ROW_TOLERANCE = 5e-7
 
 
@@ -63,8 +63,8 @@ def score_plainly(model: Any, rows: Sequence[Row]) -> list[tuple[float, float]]:
 
 
 def assert_export_gives_recorded_scores(project: Project, paths: RunPaths) -> None:
-    """The export loads plainly, its tokenizer gives the rows' tokens, and each row scores what was
-    recorded.
+    """Assert that the export loads plainly, that its tokenizer gives the rows' tokens, and that
+    each row has its recorded score.
     """
     with contextlib.chdir(project.root):
         recipe, result = recipe_of(paths), read_result(paths)

@@ -1,4 +1,4 @@
-"""Checkpoints as Transformers and DeepSpeed leave them, without any training; shared by several
+"""Checkpoints as Transformers and DeepSpeed write them, without any training; shared by several
 tests.
 """
 
@@ -30,7 +30,7 @@ FINGERPRINT: Final[dict[str, Any]] = {
     "num_processes": 2,
     "versions": {"torch": "2.13"},
 }
-# Of which nothing is deleted for being too many.
+# The limit is so high that no checkpoint is deleted.
 _RECIPE: Final = parse_recipe(
     RECIPE_TEXT, where="recipe.yaml", overrides=("checkpoints.keep_latest=9",)
 )
@@ -76,7 +76,7 @@ def commit(paths: RunPaths, *steps: int, values: Mapping[int, float] | None = No
 
 
 def commit_under(paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> None:
-    """A committed checkpoint that was written under a fingerprint of one's own."""
+    """A committed checkpoint that was written under the given fingerprint."""
     commit_checkpoint(write(paths, step), paths, step, fingerprint)
 
 
@@ -106,12 +106,12 @@ def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) ->
 
 
 def resume(paths: RunPaths, **changed: Any) -> int | None:
-    """The step from which an attempt continues; `changed` differs in its fingerprint."""
+    """The step from which an attempt resumes; `changed` differs in its fingerprint."""
     return choose_resume_step(paths, _RECIPE, {**FINGERPRINT, **changed}, "auto")
 
 
 def quarantined(paths: RunPaths) -> list[str]:
-    """Names of what was moved aside."""
+    """Names of everything that was moved aside."""
     return (
         sorted(path.name for path in paths.quarantine_dir.iterdir())
         if paths.quarantine_dir.exists()
@@ -120,12 +120,12 @@ def quarantined(paths: RunPaths) -> list[str]:
 
 
 def listing(folder: Path) -> list[str]:
-    """Every name in a folder, hidden ones too."""
+    """Every name in a folder, including hidden ones."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def flip_bit(path: Path) -> None:
-    """The damage that no size shows."""
+    """Flip one bit, which changes no size."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
     path.write_bytes(content)

@@ -1,5 +1,5 @@
-"""A hub of models on loopback, as far as `huggingface_hub` needs one to take an upload. Written
-from its requests.
+"""A hub of models on the loopback interface, with all that an upload by `huggingface_hub` needs.
+Written from its requests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass
 class Repository:
-    """One repository: its files, and what its commits said."""
+    """One repository: its files, and the messages of its commits."""
 
     is_private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -31,10 +31,10 @@ class Repository:
 
 @dataclass
 class Hold:
-    """Requests that are not answered, or whose answer is not sent, until the test lets them go."""
+    """Requests that are not answered, or whose answer is not sent, until the test releases them."""
 
     path: str  # a part of it
-    is_after: bool  # what was asked for is done first
+    is_after: bool  # the request is carried out first
     reached: threading.Event = field(default_factory=threading.Event)
     go: threading.Event = field(default_factory=threading.Event)
 
@@ -55,13 +55,13 @@ class FakeHub:
         return self.holds[-1]
 
     def let_go(self) -> None:
-        """Answer whatever waits, and hold nothing more."""
+        """Answer all waiting requests, and hold no others."""
         holds, self.holds = self.holds, []
         for hold in holds:
             hold.go.set()
 
     def wait_at(self, path: str, *, is_after: bool) -> None:
-        """In a request: until the test lets it go."""
+        """Wait, inside a request, until the test releases it."""
         for hold in list(self.holds):
             if hold.path in path and hold.is_after == is_after:
                 hold.reached.set()
@@ -128,7 +128,7 @@ class FakeHub:
         }
 
     def _find_oid(self, name: str, path: str) -> dict[str, str]:
-        """By which the client sees that a file is there already."""
+        """The id of a file that exists already, as the client computes it."""
         content = self.repositories[name].files.get(path)
         if content is None:
             return {}
@@ -176,7 +176,7 @@ def fake_hub() -> Iterator[FakeHub]:
         do_GET = do_POST = do_PUT = _serve
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,5 +1,5 @@
-"""A folder to start `runner` from, with an `accelerate` on PATH that does as it is told instead of
-training.
+"""A folder from which `runner` is started, with an `accelerate` on PATH that follows a test's
+script instead of training.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ launch:
   retries: {{{retries}}}
 """
 
-# What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line
-# those of the next attempt, the last ones for all others; without such a file it completes the run.
-# `phase NAME` before: in a phase; `stepped`: after a step; `committed`: after a checkpoint.
-# What its workers are told stands in `told/worker`, likewise one after the other: `serve`, or what
-# is wrong with one.
+# `told/<run name>` is the script of a run: a verb and its words. Those of the next attempt follow
+# `then` on a new line; the last ones apply to all later attempts. Without a script a run completes.
+# A prefix moves the verb: `phase NAME` into a phase, `stepped` after a step, `committed` after a
+# checkpoint. `told/worker` is the script of its workers, one after the other: `serve`, or a fault.
 ACCELERATE: Final = """\
 #!{python} -IS
 import faulthandler, hashlib, json, os, signal, subprocess, sys, time
@@ -194,7 +193,7 @@ if verb == "complete":
 elif verb == "hang":
     tell_started(os.getpid())
     signal.pause()
-elif verb == "stall":  # as a trainer that hangs; with words, a rank in a session of its own too
+elif verb == "stall":  # hangs; with words, a rank in its own session hangs too
     if words:
         readable, writable = os.pipe()
         subprocess.Popen([sys.executable, "-IS", "-c", HANGING_RANK, str(writable)],
@@ -207,13 +206,13 @@ elif verb == "stall":  # as a trainer that hangs; with words, a rank in a sessio
         progress_path.touch()  # the silence begins here
     tell_started(os.getpid())
     never_ends()
-elif verb == "live":  # so many signs of life, five a second
+elif verb == "live":  # this number of signs of life, five a second
     tell_started(os.getpid())
     for _ in range(int(words)):
         progress_path.touch()
         time.sleep(0.2)
     complete(digest)
-elif verb == "obey":  # the stop file, as the trainer does; with words, it completes nevertheless
+elif verb == "obey":  # the stop file, as training does; with words, it completes nevertheless
     tell_started(os.getpid())
     request = dict(attempt=None)
     while request["attempt"] != number:
@@ -245,9 +244,7 @@ sys.exit(int(words) if verb == "exit" else 0)
 
 @dataclass
 class FakeLauncher:
-    """The folder, and the two ends of the pipes by which the fake says that it runs and is let
-    go.
-    """
+    """The folder, and the two pipes through which the fake reports that it runs and is released."""
 
     root: Path
     _started: int
@@ -277,7 +274,7 @@ class FakeLauncher:
         micro_batch: int = 1,
         stall_seconds: float | None = None,
     ) -> None:
-        """Recipes `recipes/toy/<name>.yaml`, and what the fake is to do with each."""
+        """Write recipes `recipes/toy/<name>.yaml`, and the fake's script for each."""
         for name in names:
             path = self.root / "recipes" / "toy" / f"{name}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +298,7 @@ class FakeLauncher:
         return RunPaths(self.root / "runs" / "toy" / name)
 
     def start(self, *arguments: str, has_terminal: bool = False) -> subprocess.Popen[str]:
-        """`runner ARGUMENTS` in a process of its own, with Ctrl-C as in a terminal."""
+        """Start `runner ARGUMENTS` in its own process, with Ctrl-C as in a terminal."""
         outputs = self._open_terminal() if has_terminal else subprocess.PIPE
         process = subprocess.Popen(
             [str(BIN_DIR / "runner"), *arguments],
@@ -323,16 +320,16 @@ class FakeLauncher:
         return child_side
 
     def read_terminal(self) -> str:
-        """Output since the last call; waits for some."""
+        """Output since the last call; waits until there is some."""
         assert select.select([self._terminal], [], [], PATIENCE_SECONDS)[0], "nothing was written"
         return os.read(self._terminal, 2**16).decode()
 
     def close_terminal(self) -> None:
-        """As when its window is closed."""
+        """Close the terminal, as closing its window does."""
         os.close(self._terminal)
 
     def next_started(self) -> tuple[str, int]:
-        """Run name and process id of the next fake that says that it runs."""
+        """Run name and process id of the next fake that reports that it runs."""
         line = b""
         while not line.endswith(b"\n"):
             assert select.select([self._started], [], [], PATIENCE_SECONDS)[0], (
@@ -351,17 +348,17 @@ class FakeLauncher:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def workers(self) -> list[int]:
-        """Process ids of the workers, in order."""
+        """Process ids of the workers, in the order of their start."""
         path = self.home / "workers"
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
     def started(self) -> list[str]:
-        """Names of what was started, in order."""
+        """Names of the started runs, in order."""
         return [event["name"] for event in self.events() if event["event"] == "start"]
 
     def tree(self) -> Mapping[str, tuple[int, bytes]]:
-        """Modification time and content of every file, but for the fake's own and the cache of
-        hashes, which every command writes that reads inputs of the last seconds.
+        """Modification time and content of every file, except the fake's own files and the cache of
+        hashes, which every command writes that reads recently changed inputs.
         """
         cache = content_cache_path(self.root / "runs")
         return {
@@ -397,8 +394,8 @@ def make_fake_launcher(root: Path) -> FakeLauncher:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
-    """The folder is the current one, and its `accelerate` the first on PATH, also for what runs in
-    this process.
+    """A fake launcher in the current folder; its `accelerate` is the first on PATH, also in this
+    process.
     """
     launcher = make_fake_launcher(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -408,7 +405,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
 
 
 def wait_until_dead(pidfd: int) -> None:
-    assert select.select([pidfd], [], [], PATIENCE_SECONDS)[0], "the process lives on"
+    assert select.select([pidfd], [], [], PATIENCE_SECONDS)[0], "the process is still alive"
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

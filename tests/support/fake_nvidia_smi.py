@@ -1,4 +1,4 @@
-"""An `nvidia-smi` that prints what a test wrote, in the formats of NVIDIA's tool."""
+"""An `nvidia-smi` that prints text from a test, in the formats of NVIDIA's tool."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-# Two whole GPUs, and one that is divided; one part is as drivers before R470 named it.
+# Two whole GPUs, and a divided one; one part has the name that drivers before R470 used.
 GPU_0: Final = "GPU-1f0c0d2e-0000-4a5b-8c9d-000000000000"
 GPU_1: Final = "GPU-1f0c0d2e-1111-4a5b-8c9d-111111111111"
 GPU_2: Final = "GPU-77777777-2222-4a5b-8c9d-222222222222"
@@ -36,7 +36,7 @@ case "$1" in --query-gpu=uuid,memory.total) cat <<'END'
 def add_nvidia_smi(
     folder: Path, listed: str = TWO, *, memory: Sequence[str] = (), status: int = 0
 ) -> None:
-    """Put it into a folder of PATH; `memory` are lines such as `GPU-..., 81920`."""
+    """Add it to a folder of PATH; `memory` are lines such as `GPU-..., 81920`."""
     lines = "".join(f"{line}\n" for line in memory)
     write_script(folder, SCRIPT.format(listed=listed, status=status, memory=lines))
 

@@ -1,5 +1,5 @@
-"""Runs in whose trainer a real exception is raised at a chosen file operation; shared by the slow
-tests of failures.
+"""Runs whose training process raises a real exception at a chosen file operation; shared by the
+slow tests of failures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 from tests.conftest import Project
 from tests.support.training_runs import launch_arguments
 
-# Runs inside the trainer: Python's audit events come before the operation and may raise, so nothing
+# Runs inside training: Python's audit events come before the operation and may raise, so nothing
 # of the runner is replaced. Each fault is raised in one attempt only, unless it says otherwise.
 _FAULTY = """\
 import importlib, json, os, sys
@@ -59,9 +59,8 @@ if "RANK" in os.environ or "LOCAL_RANK" in os.environ or is_trainer:
 def make_fault(
     event: str, path: str, error: str, *arguments: object, count: int = 1, rank: int = 0
 ) -> dict[str, object]:
-    """The `count`-th time that `event` touches a file that ends in `path`, `error` is raised.
-
-    `nan` is none: what is trained becomes NaN, and the trainer goes on.
+    """A fault that raises `error` the `count`-th time that `event` touches a file whose path ends
+    in `path`. `nan` raises nothing: the weights become NaN, and training continues.
     """
     return {
         "event": event,
@@ -80,7 +79,7 @@ def launch_faulty(
     faults: list[dict[str, object]],
     num_processes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Launch a run with faults; retries are those of the overrides."""
+    """Launch a run with faults; the overrides set its retries."""
     hook_dir = project.root / f"faulty-{name}"
     hook_dir.mkdir(exist_ok=True)
     (hook_dir / "sitecustomize.py").write_text(_FAULTY)

@@ -23,8 +23,8 @@ from runner.run.record import load_progress
 from tests.conftest import Project, build_environment
 from tests.support.training_runs import DEADLINE_SECONDS
 
-# Runs inside the trainer: one rank never comes back from a file operation, so the others wait for
-# it in their next collective.
+# Runs inside training: one rank never returns from a file operation, so the others wait for it in
+# their next collective.
 _HANGER: Final = """\
 import os, sys, time
 
@@ -44,8 +44,8 @@ sys.addaudithook(_hook)
 def start_hanging(
     project: Project, name: str, *overrides: str, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> RunningAttempt:
-    """Start an attempt of two ranks in this process, of which the second one hangs where it makes
-    the folder `at`.
+    """Start an attempt of two ranks in this process; the second one hangs when it makes the folder
+    `at`.
     """
     hook_dir = project.root / "hanger"
     hook_dir.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def start_hanging(
 
 
 class Watched:
-    """The watch over an attempt, as a sweep keeps it, from a moment of the test's choice."""
+    """The watch over an attempt, as in a sweep, from a moment that the test chooses."""
 
     def __init__(self, attempt: RunningAttempt, limit_seconds: float) -> None:
         self.said: list[str] = []
@@ -87,7 +87,7 @@ class Watched:
 
 
 def wait_for_phase(attempt: RunningAttempt, *phases: str) -> None:
-    """Until the trainer tells one of these phases."""
+    """Wait until the training process reports one of these phases."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while (progress := load_progress(attempt.files.progress_path)) is None or (
         progress.phase not in phases

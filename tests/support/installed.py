@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def install_editable(folder: Path, name: str, *, is_editable: bool = True) -> None:
-    """Put what an installer writes for a package beside it."""
+    """Write the files that an installer writes next to an editable package."""
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")

@@ -1,5 +1,5 @@
-"""Sweeps that are killed at random moments and started again until they are done; what was shown,
-as a table.
+"""Sweeps that are killed at random moments and started again until they are done, and tables of the
+kills.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from tests.support.training_runs import (
 
 Victim = Literal["everything", "sweep", "launcher", "worker", "trainer"]
 
-# A sweep that starts each run anew has no workers.
+# A sweep with cold starts has no workers.
 VICTIMS: Final[dict[str, tuple[Victim, ...]]] = {
     "warm": ("everything", "sweep", "launcher", "worker", "trainer"),
     "cold": ("everything", "sweep", "launcher", "trainer"),
 }
 
-# In the environment of a sweep, so in that of everything below it, whoever has become its parent.
+# In the environment of a sweep and so of all its descendants, no matter which parent they have.
 _TAG: Final = "SWEEP_UNDER_KILLS"
 _SWEEP_SECONDS: Final = 900.0
-_LOOK_SECONDS: Final = 0.05  # between two looks for a process that is to be killed
+_LOOK_SECONDS: Final = 0.05  # between two searches for the process to kill
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a killed sweep, and the same run of a sweep that was left alone."""
+    """One run of a killed sweep, and the same run of an undisturbed sweep."""
 
     recipe_path: Path
     paths: RunPaths
@@ -65,17 +65,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: when, whom, and where each run stood (run name -> words, number of attempts)."""
+    """One kill: its time, its victims, and the state of each run (run name -> description, number
+    of attempts).
+    """
 
     seconds: float  # after the sweep was started
     victim: Victim
-    killed: str  # how many of which role
+    killed: str  # the number of processes of each role
     stood: dict[str, tuple[str, int]]
 
 
 @dataclass
 class KilledSweep:
-    """One sweep under an output root of its own, from its first start to its end."""
+    """One sweep with its own output root, from its first start to its end."""
 
     project: Project
     output_root: Path
@@ -87,7 +89,7 @@ class KilledSweep:
     _finished: dict[str, dict[str, tuple[int, bytes]]] = field(default_factory=dict)
 
     def start(self) -> subprocess.Popen[bytes]:
-        """`runner sweep`, with two slots; what it prints goes to a file beside its output."""
+        """Start `runner sweep` with two slots; its output goes to a file next to its runs."""
         command = [RUNNER, "sweep", *(run.recipe_path for run in self.runs), "--slots", "2"]
         command += ["--cold"] if self.is_cold else []
         with self.printed_path.open("ab") as printed:
@@ -107,7 +109,7 @@ class KilledSweep:
     def kill(
         self, sweep: subprocess.Popen[bytes], victim: Victim, seconds: float, chance: random.Random
     ) -> None:
-        """SIGKILL for some or all of the sweep's processes; waits until what must follow them is
+        """Send SIGKILL to some or all processes of the sweep; wait until those that must follow are
         gone.
         """
         roles = {pid: name_role(pid) for pid in list_tagged(self.tag)} | {sweep.pid: "sweep"}
@@ -132,21 +134,19 @@ class KilledSweep:
             assert_nothing_alive(self.tag)
         killed = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
         stood = {run.name: describe(run.paths) for run in self.runs}
-        self.kills.append(Kill(seconds, victim, killed or "nobody there", stood))
+        self.kills.append(Kill(seconds, victim, killed or "no process", stood))
 
     def note_finished(self) -> None:
-        """Remember the runs that are complete and left alone: from now on, not one of their files
-        may change.
-        """
+        """Remember the complete and undisturbed runs, whose files must not change from now on."""
         for run in self.runs:
-            # Else its log still grows.
+            # Otherwise its log still grows.
             is_over = run.paths.result_path.exists() and not is_leased(run.paths.lease_path)
             if run.name not in self._finished and is_over:
                 self._finished[run.name] = snapshot_finished(run.paths)
 
     def move(self) -> None:
-        """Copy the runs, contents only, and go on with the copy: what the next sweep knows, it
-        knows from files.
+        """Copy the runs, contents only, and continue with the copy: the next sweep knows only what
+        the files say.
         """
         aside = self.output_root.with_suffix(".moved")
         self.output_root.rename(aside)
@@ -156,8 +156,8 @@ class KilledSweep:
         self.note_finished()
 
     def check(self) -> None:
-        """Each run completed once, as if it had been left alone; nothing lost, doubled, mixed up or
-        left running.
+        """Assert that each run completed once, as in an undisturbed sweep, and that nothing is
+        lost, duplicated, mixed up or still running.
         """
         assert_nothing_alive(self.tag)
         grids = {run.paths.run_dir.parent for run in self.runs}
@@ -167,7 +167,9 @@ class KilledSweep:
         others = {path.name for path in self.output_root.iterdir()} - {path.name for path in grids}
         assert others <= {".base", ".content_hashes.json"}, others
         for stored in list_stored(base_entries_dir(self.output_root)):
-            assert find_entry(stored.path) is not None, f"{stored.path} is half written, or aside"
+            assert find_entry(stored.path) is not None, (
+                f"{stored.path} is incomplete, or was moved aside"
+            )
         for run in self.runs:
             assert_same_outputs(run.paths, run.reference)
             assert_completed_once(run.paths)
@@ -188,10 +190,9 @@ class KilledSweep:
         self.is_checked = True
 
     def check_starts(self) -> None:
-        """Attempts started as they were meant to: a sweep that falls back on cold starts without a
-        reason would show nothing about workers.
-
-        The reason is a worker that was killed before it had imported everything.
+        """Assert that attempts started warm or cold as intended. A sweep that falls back on cold
+        starts without a reason would test no workers; the reason is a worker that was killed before
+        it had imported everything.
         """
         num_warm, num_cold = self.count_starts()
         if self.is_cold:
@@ -210,8 +211,8 @@ class KilledSweep:
         return started.count("warm"), started.count("cold")
 
     def render_kills(self, first_number: int = 1) -> list[str]:
-        """One line per kill: where each run stood and, behind the arrow, what its next attempt went
-        on from.
+        """One line per kill: the state of each run and, after the arrow, the step from which its
+        next attempt resumed.
         """
         lines = []
         for number, kill in enumerate(self.kills, first_number):
@@ -224,7 +225,7 @@ class KilledSweep:
         return lines
 
     def summarize(self) -> str:
-        """One line about the time after the last start; `check` has shown the rest."""
+        """One line about the time after the last start; `check` has tested the rest."""
         num_warm, num_cold = self.count_starts()
         results = sum(run.paths.result_path.exists() for run in self.runs)
         aside = sum(len(list(run.paths.quarantine_dir.glob("*"))) for run in self.runs)
@@ -254,12 +255,12 @@ def sweep_under_kills(
     *,
     moves: bool = False,
 ) -> None:
-    """Start the sweep again and again until it is done, with at most as many kills as there are
-    victims, and `check` it.
+    """Start the sweep again until it is done, with at most as many kills as there are victims, and
+    `check` it.
 
-    The moments of the kills are drawn evenly between the start and `spread` times what an attempt
-    took that was left alone, on this machine and as busy as it is now. Where there is no such
-    process, its moment is drawn anew from when there is one.
+    The moments of the kills are drawn evenly between the start and `spread` times the duration of
+    an undisturbed attempt on this machine under its current load. If the victim does not exist at
+    its moment, a new moment is drawn once it does.
     """
     typical_seconds = find_typical_seconds([run.reference for run in sweep.runs])
     process, is_killed = sweep.start(), False
@@ -276,11 +277,11 @@ def sweep_under_kills(
             elif not left and not _has_ended(process, _SWEEP_SECONDS):
                 raise AssertionError(f"the sweep does not end:\n{sweep.printed_path.read_text()}")
             if process.poll() is None:
-                continue  # something below it was killed: the sweep goes on with the others
+                continue  # a process below it was killed: the sweep continues with the other runs
             if process.returncode == 0:
                 break
-            # A sweep that lost a trainer says so and asks to be started again; what was killed says
-            # nothing.
+            # A sweep that lost a training process says so, and names the command to run; a killed
+            # one says nothing.
             expected = -signal.SIGKILL if is_killed else 1
             assert process.returncode == expected, sweep.printed_path.read_text()
             if moves and len(sweep.kills) % 3 == 0:
@@ -295,7 +296,7 @@ def sweep_under_kills(
 
 
 def wait_for_role(tag: str, victim: Victim, sweep: subprocess.Popen[bytes]) -> bool:
-    """True if there was no such process at first; returns when there is one or the sweep has ended.
+    """Wait until there is such a process or the sweep has ended; True if there was none at first.
 
     A worker is killed only while a run trains: without workers, the sweep would continue cold.
     """
@@ -321,8 +322,8 @@ def find_typical_seconds(references: Sequence[RunPaths]) -> float:
 
 
 def list_tagged(tag: str) -> dict[int, list[str]]:
-    """`process id -> argv` of every living process that was started with the tag, whoever its
-    parent is now.
+    """`process id -> argv` of every living process that was started with the tag, no matter which
+    parent it has now.
     """
     needle, found = f"{_TAG}={tag}".encode(), {}
     for folder in Path("/proc").iterdir():
@@ -336,9 +337,8 @@ def list_tagged(tag: str) -> dict[int, list[str]]:
 
 def name_role(pid: int) -> str:
     """Role of a process below a sweep: `launcher` (of an attempt or of a worker), `worker`,
-    `trainer` or `other`; empty once it is gone.
-
-    A trainer that was forked has the command line of its worker, and another owner.
+    `trainer` or `other`; empty once it is gone. A forked training process has the command line of
+    its worker, but another owner.
     """
     try:
         argv = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
@@ -369,8 +369,8 @@ def assert_nothing_alive(tag: str) -> None:
 
 
 def assert_completed_once(paths: RunPaths) -> None:
-    """Attempts are counted without a gap; none but the last can have ended well, and it did not
-    fail.
+    """Assert that attempts are numbered without a gap, and that only the last one completed the
+    run.
     """
     attempts = read_attempts(paths)
     assert [attempt["number"] for attempt in attempts] == list(range(1, len(attempts) + 1))
@@ -383,19 +383,19 @@ def assert_completed_once(paths: RunPaths) -> None:
         )
     assert last["failure"] is None
     said = [n for n in folders if "\ncompleted at step " in _read_text(paths.attempt(n).log_path)]
-    assert said in ([], [len(attempts)]), "it was completed by another attempt than the last"
+    assert said in ([], [len(attempts)]), "an attempt other than the last completed it"
 
 
 def assert_only_unfinished_in_quarantine(paths: RunPaths) -> None:
-    """Nothing was damaged, so nothing that had been committed may have been moved aside."""
+    """Assert that no committed checkpoint was moved aside, since none was damaged."""
     for folder in paths.quarantine_dir.glob("*"):
         assert re.fullmatch(r"(checkpoint|step)-\d+\.\d+", folder.name), folder
         assert not marker_path(folder).exists(), f"{folder} was committed"
 
 
 def snapshot_finished(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
-    """The files of a complete run that nobody may write again: all but the record, whose attempt
-    may yet be closed.
+    """The files of a complete run that must not change again: all but the record, whose attempt may
+    still be closed.
     """
     found = {Path(name): state for name, state in snapshot(paths.run_dir).items()}
     return {
@@ -406,7 +406,7 @@ def snapshot_finished(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
 
 
 def describe(paths: RunPaths) -> tuple[str, int]:
-    """State of a run on disk, as a word and a step, and its number of attempts."""
+    """State of a run on disk, such as a word and a step, and its number of attempts."""
     attempts = load_record(paths).attempts
     num_attempts = len(attempts)
     if load_result(paths) is not None:
@@ -420,7 +420,7 @@ def describe(paths: RunPaths) -> tuple[str, int]:
 
 
 def choose_seed() -> int:
-    """`KILL_SEED`, or another one each time."""
+    """`KILL_SEED`, or a new seed each time."""
     return int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(10**6))
 
 

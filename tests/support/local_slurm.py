@@ -1,8 +1,6 @@
-"""A Slurm cluster of this machine alone: munged, slurmctld and one slurmd per node, as the user
-that runs the tests.
-
-Nothing is installed or configured outside its folder. The GPUs are two device files that every
-machine has.
+"""A Slurm cluster on this machine only: munged, slurmctld and one slurmd per node, as the user that
+runs the tests. Nothing is installed or configured outside its folder. The GPUs are two device files
+that every machine has.
 """
 
 from __future__ import annotations
@@ -86,7 +84,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10
 
 
 def list_missing_packages() -> list[str]:
-    """Debian packages of the programs that are not there."""
+    """Debian packages of the missing programs."""
     return sorted(
         {
             package
@@ -96,8 +94,7 @@ def list_missing_packages() -> list[str]:
     )
 
 
-# Where every machine that runs the tests has Slurm, `REQUIRE_SLURM=1` makes its absence an error of
-# the fixtures.
+# `REQUIRE_SLURM=1` is for test machines that all have Slurm: the fixtures fail without it.
 needs_slurm: Final = pytest.mark.skipif(
     bool(list_missing_packages()) and not os.environ.get("REQUIRE_SLURM"),
     reason=f"not installed: {', '.join(list_missing_packages())}",
@@ -105,16 +102,16 @@ needs_slurm: Final = pytest.mark.skipif(
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, pause_seconds: float = 0.05) -> None:
-    """Until a condition holds that only another process's answer can tell."""
+    """Wait until a condition holds that another process decides."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"it never came true that {what}"
+        assert time.monotonic() < deadline, f"timed out: {what}"
         time.sleep(pause_seconds)
 
 
 @dataclass
 class LocalSlurm:
-    """The daemons of one cluster; each can be started, stopped and killed by itself."""
+    """The daemons of one cluster; each can be started, stopped and killed separately."""
 
     root: Path
     num_nodes: int = 1
@@ -210,19 +207,19 @@ class LocalSlurm:
             )
 
     def node_state(self, name: str) -> str:
-        """As `sinfo` says it, `*` included where the node does not answer."""
+        """The state that `sinfo` shows, with `*` if the node does not answer."""
         return self.run(
             "sinfo", "--noheader", "--Node", "--nodes", name, "--partition=low", "--format=%T"
         ).strip()
 
     def list_jobs(self) -> dict[str, str]:
-        """States of all jobs that are not over, by `<job>` or `<array>_<task>`."""
+        """States of all unfinished jobs, by `<job>` or `<array>_<task>`."""
         lines = self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
     def wait_until_idle(self) -> None:
-        """Until no job is left, those included that a killed node has lost: its daemon is asked
-        what it runs.
+        """Wait until no job is left, including those that a killed node lost: its daemon is asked
+        for its jobs.
         """
 
         def is_idle() -> bool:
@@ -234,7 +231,7 @@ class LocalSlurm:
         wait_until(is_idle, "all jobs end", pause_seconds=0.5)
 
     def cancel_all(self) -> None:
-        """Take out of the cluster what is still in it, and wait until it is gone."""
+        """Cancel all jobs of the cluster, and wait until they are gone."""
         if self.list_jobs():
             self.run("scancel", "--user", pwd.getpwuid(os.getuid()).pw_name)
             self.wait_until_idle()
@@ -267,7 +264,7 @@ class LocalSlurm:
         )
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """End one daemon, by default as in a power loss; jobs live on."""
+        """End one daemon, by default as in a power loss; jobs stay alive."""
         daemon = self.daemons.pop(name)
         daemon.send_signal(number)
         daemon.wait()
@@ -301,8 +298,8 @@ class LocalSlurm:
         return wanted | (set() if node is None else {f"SLURMD_NODENAME={node}"})
 
     def list_steps(self, node: str | None = None) -> list[int]:
-        """Process ids of this cluster's slurmstepd, found by their environment or that of what they
-        run.
+        """Process ids of this cluster's slurmstepd, found by their environment or that of their
+        children.
         """
         wanted = self._wanted(node)
         steps = [
@@ -320,7 +317,7 @@ class LocalSlurm:
         ]
 
     def kill_all(self) -> None:
-        """SIGKILL for all daemons and jobs, as in a power loss; the folder stays."""
+        """Send SIGKILL to all daemons and jobs, as in a power loss; the folder stays."""
         for daemon in self.daemons.values():
             daemon.kill()
         for daemon in self.daemons.values():
@@ -349,7 +346,7 @@ def read_names(pid: int) -> set[str]:
 
 
 def read(path: Path) -> str:
-    """A file below `/proc`; empty where its process is gone."""
+    """The content of a file below `/proc`; empty if its process is gone."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -386,10 +383,8 @@ def find_free_ports(count: int) -> list[int]:
 
 @contextmanager
 def local_slurm(num_nodes: int = 1, slurmd_timeout: int = 30) -> Iterator[LocalSlurm]:
-    """A cluster that takes jobs, and that is gone afterwards with all its jobs.
-
-    Its folder lies directly below the system's temporary folder: a socket's path holds 107
-    characters.
+    """A cluster that accepts jobs, and that is gone afterwards with all its jobs. Its folder is
+    directly below the system's temporary folder, because a socket's path holds only 107 characters.
     """
     missing = list_missing_packages()
     assert not missing, f"apt-get install {' '.join(missing)}"
@@ -407,7 +402,7 @@ def local_slurm(num_nodes: int = 1, slurmd_timeout: int = 30) -> Iterator[LocalS
 
 @pytest.fixture(scope="session")
 def shared_slurm() -> Iterator[LocalSlurm]:
-    """One cluster of one node for all tests that leave it as it was."""
+    """One cluster of one node for all tests that do not change it."""
     with local_slurm() as cluster:
         yield cluster
 

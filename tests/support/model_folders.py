@@ -1,4 +1,4 @@
-"""Folders of models as far as those look at them who load none."""
+"""Folders of models with the files that code checks without loading a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def make_model_folder(folder: Path) -> None:
-    """The names of the files without which no model is loaded."""
+    """Make empty files under the names without which no model is loaded."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}\n")
     (folder / "model.safetensors").touch()

@@ -1,4 +1,4 @@
-"""The modes of what was written under a umask."""
+"""The modes of files that were written under a umask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def umask_of(umask: int) -> Iterator[None]:
-    """For what is written and started meanwhile."""
+    """Set the umask for everything that is written or started meanwhile."""
     before = os.umask(umask)
     try:
         yield
@@ -20,7 +20,7 @@ def umask_of(umask: int) -> Iterator[None]:
 
 
 def list_other_modes(folder: Path, umask: int) -> dict[str, str]:
-    """The files and folders, from `folder` on, that have another mode than the umask gives."""
+    """The files and folders, from `folder` on, whose mode is not the one of the umask."""
     found = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         mode = path.lstat().st_mode

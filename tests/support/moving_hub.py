@@ -1,5 +1,6 @@
-"""A hub of models and data sets on loopback whose branches move, as far as `huggingface_hub`,
-`transformers` and `datasets` need one to look up and load them. Written from their requests.
+"""A hub of models and data sets on the loopback interface whose branches move, with all that
+`huggingface_hub`, `transformers` and `datasets` need to look them up and load them. Written from
+their requests.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
 
     def find(self, revision: str) -> str | None:
-        """The commit that a revision stands for."""
+        """The commit that a revision names."""
         commit = self.branches.get(revision, revision)
         return commit if commit in self.commits else None
 
 
 @dataclass
 class MovingHub:
-    """The whole hub, and what it was asked for."""
+    """The whole hub, and the requests to it."""
 
     url: str = ""
     repositories: dict[tuple[Kind, str], Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)  # method and path, in order
-    # The HTTP status of all that is asked about repositories; their files are given all the same.
+    # The HTTP status for all requests about repositories; requests for files are still answered.
     refuses_with: int | None = None
 
     def commit(self, kind: Kind, name: str, commit: str, files: Files) -> None:
-        """A new commit, to which the branch `main` moves."""
+        """Make a new commit, to which the branch `main` moves."""
         repository = self.repositories.setdefault((kind, name), Repository())
         repository.commits[commit] = dict(files)
         repository.branches["main"] = commit
 
     def take_requests(self) -> list[str]:
-        """Requests since the last call."""
+        """Return the requests since the last call."""
         taken, self.requests[:] = list(self.requests), []
         return taken
 
@@ -166,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the tests' output is their own."""
+        """Print nothing: the output belongs to the tests."""
 
 
 def _hash(content: bytes) -> str:

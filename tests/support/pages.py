@@ -1,4 +1,4 @@
-"""Runs with scores of single rows on disk, and a report of them put together by hand, for pages."""
+"""Runs with scores of single rows on disk, and a report of them built by hand, for pages."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_row(
     grid: str = "demo",
     num_test: int = 40,
 ) -> ReportRow:
-    """A run whose files say what a real one's do, with scores that `shift` moves."""
+    """A run whose files have the content of a real run's, with scores that `shift` moves."""
     words = (re.sub(r"[^A-Za-z0-9]+", "-", str(value))[-20:] for value in axes.values())
     name = "_".join(words).strip("-_")
     recipe = make_recipe(
@@ -115,13 +115,13 @@ def draw_ids(recipe: Recipe) -> list[str]:
 def write_scores(
     paths: RunPaths, ids: Sequence[str], shift: float, drawn: random.Random
 ) -> dict[str, float]:
-    """`eval_rows.jsonl` of both models; returns their NLL per completion token."""
+    """Write `eval_rows.jsonl` of both models; return their NLL per completion token."""
     rows, found = [], {}
     for model, level in (("base", 3.0), ("tuned", 1.2 + shift)):
         total = tokens = 0.0
         for number, row_id in enumerate(ids):
             count = 8 + number % 20
-            own = random.Random(row_id).gauss(0, 0.3)  # how hard the row is
+            own = random.Random(row_id).gauss(0, 0.3)  # the difficulty of the row
             nll = max(0.05, level + own + drawn.gauss(0, 0.12)) * count
             total, tokens = total + nll, tokens + count
             scores = {"completion_nll_sum": nll, "template_nll_sum": 0.1, "nll_sum": nll * 3}
@@ -245,7 +245,7 @@ def make_report(
     text: str = "What is {}?",
     grid: str = "demo",
 ) -> Report:
-    """A grid of three axes and a seed, the last `missing` cells of which failed."""
+    """A grid of three axes and a seed, of which the last `missing` cells failed."""
     root.mkdir(exist_ok=True)
     data = write_data(root / "data.jsonl", num_test + 20, text)
     cells = []

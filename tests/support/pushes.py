@@ -1,4 +1,6 @@
-"""Runs that are pushed at their end, to a hub on loopback, and the processes that push them."""
+"""Runs that are pushed at their end, to a hub on the loopback interface, and the processes that
+push them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that this process and all that it starts talk to."""
+    """A hub for this process and all that it starts."""
     with fake_hub() as hub:
         for name, value in hub.environment().items():
             monkeypatch.setenv(name, value)
@@ -24,7 +26,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def add(fake: FakeLauncher, *names: str, to: str | None = None) -> None:
-    """Runs that are pushed at their end, by default each to a repository of its own."""
+    """Add runs that are pushed at their end, by default each to its own repository."""
     fake.add(*names, told="complete model")
     for name in names:
         set_push(fake, name, f"hub_model_id: {to or f'lab/{name}'}, hub_push: end")
@@ -49,14 +51,14 @@ def complete_unpushed(fake: FakeLauncher, hub: FakeHub, name: str) -> None:
 
 
 def wait_for_push(hold: Hold) -> int:
-    """A descriptor of the process that pushes, once the hub holds it."""
+    """A descriptor of the process that pushes, once the hub holds its request."""
     assert hold.reached.wait(PATIENCE_SECONDS), "nothing was pushed"
     [pid] = list_pushes()
     return os.pidfd_open(pid)
 
 
 def list_pushes() -> list[int]:
-    """Process ids of what pushes here."""
+    """Process ids of the pushes in progress."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""Conversations that no task can read, and the words in which each is refused."""
+"""Conversations that no task can read, and the error for each."""
 
 from __future__ import annotations
 

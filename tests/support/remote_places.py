@@ -1,5 +1,5 @@
-"""Real places for archives: a folder, memory, and an S3 server on the loopback; and one where
-nobody listens.
+"""Real places for archives: a folder, memory, an S3 server on the loopback interface, and a port on
+which nothing listens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ CREDENTIALS = {
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[dict[str, Any]]:
-    """An S3 server with one bucket and its credentials in the environment; the options that find
-    it.
+    """Start an S3 server with one bucket and its credentials in the environment; return the options
+    that find it.
     """
     import fsspec
     from moto.server import ThreadedMotoServer
@@ -44,7 +44,7 @@ def s3_server(bucket: str) -> Iterator[dict[str, Any]]:
 
 
 def closed_port() -> int:
-    """A port of the loopback at which nobody listens."""
+    """A port on the loopback interface on which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

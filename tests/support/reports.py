@@ -117,7 +117,7 @@ def completed(
 def not_completed(
     root: Path, recipe: Recipe, failure: Failure | None = None, number: int = 1
 ) -> Run:
-    """A failed run, or an interrupted one where there is no failure."""
+    """A failed run, or an interrupted one if there is no failure."""
     attempt = Attempt(
         number=number,
         started_at_utc=f"2026-01-0{number}T00:00:00+00:00",
@@ -154,7 +154,7 @@ def table_lines(text: str) -> list[str]:
 
 
 def make_answers(*metrics: dict[str, float]) -> dict[str, GenerationScore]:
-    """Of the base and of the tuned model."""
+    """Answers of the base model and of the tuned model."""
     return {
         model: GenerationScore(
             num_rows=64, num_judged=64, num_unfinished=7 * at, num_unreadable=at, metrics=values

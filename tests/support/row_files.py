@@ -17,7 +17,7 @@ ROWS = [
 
 
 def section(path: Path, **changes: Any) -> DataSection:
-    """80 arithmetic rows: 30 to train on, 10 to select, 15 to report."""
+    """A data section with 80 arithmetic rows: 30 for training, 10 for validation, 15 for test."""
     content: dict[str, Any] = {
         "train": {"path": str(path)},
         "task": {"name": "prompt_completion"},

@@ -1,4 +1,4 @@
-"""Finished runs with scores of single rows whose truth is known, for tests of effects."""
+"""Finished runs with scores of single rows whose true means are known, for tests of effects."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ BASE_NLL = 3.0
 
 
 def make_attempt(**more: Any) -> Attempt:
-    """An attempt that ended well; `more` are fields of an attempt."""
+    """An attempt that ended without an error; `more` are fields of an attempt."""
     fields: dict[str, Any] = {
         "number": 1,
         "started_at_utc": "2026-01-02T03:04:05+00:00",
@@ -36,7 +36,7 @@ def make_attempt(**more: Any) -> Attempt:
 
 
 def draw_noise(seed: int, *names: Any, num_rows: int = NUM_ROWS) -> np.ndarray:
-    """Noise of a row of a run: the same for the same names."""
+    """Noise of a row of a run: equal for equal names."""
     key = [seed, *(zlib.crc32(str(name).encode()) for name in names)]
     return np.random.default_rng(key).normal(0, 1, num_rows)
 
@@ -63,8 +63,8 @@ def scored(
     splits: dict[str, dict[str, Any]] | None = None,
     **result: Any,
 ) -> Run:
-    """A completed run with these nats per completion token in each test row, and, where `scores`
-    or `own_scores` are given, answers with these scores. `result` are fields of the result.
+    """A completed run with these nats per completion token in each test row and, if `scores` or
+    `own_scores` are given, answers with these scores. `result` are fields of the result.
     """
     attempts = [] if attempt is None else [attempt]
     paths = write_base(root, recipe, *attempts, rules=rules, contents=contents)
@@ -114,7 +114,7 @@ def scored(
         tuned={"test": totals["tuned"]},
         generation=generation,
     )
-    # Fields that this version does not know are kept out when the file is read
+    # Fields that this version does not know are left out when the file is read.
     write_json_atomic(paths.result_path, whole.model_dump(mode="json") | result)
     ids = f"{row_prefix}{num_rows}"
     hashes = {"num_rows": num_rows, "ids_hash": rows_hash or ids, "input_ids_hash": str(tokens)}
@@ -187,10 +187,9 @@ def scored_grid(
     own_seeds: bool = False,
     **settings: Any,
 ) -> list[Run]:
-    """A run for each combination of the axes and each seed; `nll(**axes)` is the truth of a cell.
-
-    `model`, `loss` and `num_train_samples` set what they are called after. `settings` are
-    arguments of `scored`; functions among them are called with the axes.
+    """A run for each combination of the axes and each seed; `nll(**axes)` is the true mean of a
+    cell. The axes `model`, `loss` and `num_train_samples` set the recipe keys of these names.
+    `settings` are arguments of `scored`; functions among them are called with the axes.
     """
     cells: list[dict[str, Any]] = [{}]
     for name, values in axes.items():

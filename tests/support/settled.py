@@ -1,4 +1,6 @@
-"""A cache of hashes as if its files had been written long before they were read; nobody sleeps."""
+"""Makes entries of a hash cache count as settled, as if their files were old, so that no test
+sleeps.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ _LONG_NANOSECONDS = 60_000_000_000
 
 
 def settle(cache_path: Path) -> None:
-    """Let every entry count: only the kernel could make the files themselves older."""
+    """Make every entry count; only the kernel could make the files themselves older."""
     entries = load_json(cache_path)
     for entry in entries.values():
         entry[-2] += _LONG_NANOSECONDS

@@ -1,4 +1,4 @@
-"""A small project, a folder that is none, and commands that are started anywhere."""
+"""A small project, a folder that is no project, and commands that are started anywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.fake_launcher import BIN_DIR, FakeLauncher
 
 @pytest.fixture
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that is no project, with other files under the names that recipes use."""
+    """A folder that is no project, with different files under the names that recipes use."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "data.jsonl").write_text('{"other": "rows"}\n')
     (folder / "cpu.yaml").write_text("use_cpu: false\n")
@@ -24,7 +24,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def study(fake: FakeLauncher) -> FakeLauncher:
-    """A project with a run that is completed and one that is pending, and a folder `sub` in it."""
+    """A project with a completed and a pending run, and a folder `sub` in it."""
     (fake.root / "runner.toml").touch()
     (fake.root / "sub").mkdir()
     fake.add("a", "bb")
@@ -34,7 +34,7 @@ def study(fake: FakeLauncher) -> FakeLauncher:
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Exit code, stdout and stderr of a command; the current folder is afterwards what it was."""
+    """Exit code, stdout and stderr of a command; restores the current folder."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -56,7 +56,7 @@ def other(study: FakeLauncher, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def say_from_root(root: Path, text: str) -> str:
-    """Return output from another folder as it reads in the project."""
+    """Output from another folder, with paths as in the project's folder."""
     note = f"note: the project is {root}; paths are relative to it\n"
     assert text.count(note) <= 1
     return text.replace(note, "").replace(f"cd {root} && ", "")

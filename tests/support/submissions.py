@@ -1,5 +1,5 @@
-"""Pending runs of committed recipes, for the tests of engines that write a file; golden files of
-what they write.
+"""Pending runs of committed recipes, for the tests of engines that write a file, and golden files
+of their output.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ OPTIONS = ManifestOptions(Path("runs"), image="registry.example/runner:1", stora
 
 
 def make_pending(*recipes: str, num_attempts: int = 0) -> tuple[PendingRun, ...]:
-    """Of recipes below the current folder, none of which has a run directory."""
+    """Pending runs of recipes below the current folder, without run directories."""
     selected = select_recipes(recipes, Path("nowhere"))
     return tuple(PendingRun(one, num_attempts) for one in selected)
 
 
 def compare_with_golden(texts: Sequence[str], name: str) -> None:
-    """`UPDATE_GOLDEN=1` rewrites the file."""
+    """Compare a text with its golden file; `UPDATE_GOLDEN=1` rewrites the file."""
     golden, text = ROOT / "tests" / "golden" / name, "\n".join(texts)
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)

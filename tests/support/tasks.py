@@ -1,4 +1,4 @@
-"""Reading one row by a task, and judging many answers."""
+"""Reads one row by a task, and judges many answers."""
 
 from __future__ import annotations
 

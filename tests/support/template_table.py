@@ -51,7 +51,7 @@ CHATS["thought"] = ([_USER, {**_ANSWER, "reasoning_content": "Thought"}], [])
 def describe(
     masker: ConversationMasker, chat: list[dict[str, Any]], tools: list[dict[str, Any]]
 ) -> tuple[bool, str]:
-    """True for an accepted conversation, with its last completion; else False and the refusal."""
+    """True and the last completion for an accepted conversation; else False and the refusal."""
     try:
         mask = masker.mask(chat, tools)
     except MaskError as error:

@@ -16,7 +16,7 @@ def make_row(
     untrained: Sequence[tuple[int, int]] = (),
     num_bytes: int = 1,
 ) -> Row:
-    """A row with completions at these places, each of which ends in one token of the template's."""
+    """A row with completions at these places, each of which ends in one token of the template."""
     return Row(
         row_id=row_id,
         group=row_id,

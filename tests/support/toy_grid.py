@@ -1,4 +1,4 @@
-"""A small grid in a temporary project, for the tests of grids, rendering and what is written."""
+"""A small grid in a temporary project, for the tests of grids, rendering and rendered files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ Toy = Callable[..., Path]
 
 
 def build_toy(folder: Path) -> Toy:
-    """A function that writes the grid `toy` and gives the root of its project; `old` in the
+    """A function that writes the grid `toy` and returns the root of its project; `old` in the
     template becomes `new`.
     """
 

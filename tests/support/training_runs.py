@@ -1,4 +1,4 @@
-"""Starting, killing and comparing real runs; shared by the slow tests."""
+"""Starts, kills and compares real runs; shared by the slow tests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.conftest import RUNNER, Project, build_environment
 DEADLINE_SECONDS: Final = 600
 DEATH_SECONDS: Final = 60.0  # for a process to follow its parent on a busy machine
 
-# The uninterrupted runs that the slow tests look at and compare with, all of one process on the
-# CPU. 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is
+# The uninterrupted runs that the slow tests read and compare with, all of one process on the CPU.
+# 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is
 # incomplete.
 RUNS: Final[dict[str, tuple[str, ...]]] = {
     "gemma-lora": ("adapter.lora_dropout=0.1", "training.num_train_epochs=2.5"),
@@ -34,7 +34,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "training.learning_rate=1e-3",
         "model.pad_token=add",
     ),
-    # The worst checkpoint instead of the best: what is exported is not what stands in memory after
+    # The worst checkpoint instead of the best: the export differs from the weights in memory after
     # the last step. Its added pad token grows both embeddings, which are saved with the adapter.
     "llama-lora": (
         "model.path=models/llama",
@@ -45,7 +45,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
     "llama-early": (
         "model.path=models/llama",
         "adapter.method=none",
-        "data.num_train_samples=8",  # few rows and a high learning rate: overfits at once
+        "data.num_train_samples=8",  # few rows and a high learning rate: overfits immediately
         (
             "training={max_steps: 40, num_train_epochs: null, learning_rate: 1e-2,"
             " lr_scheduler_type: constant}"
@@ -65,7 +65,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "evaluation.eval_strategy=epoch",
         "evaluation.eval_steps=null",
     ),
-    # Phi has neither template nor pad token; Ā stands for the byte 0.
+    # Phi has neither template nor pad token; Ā is the byte 0.
     "phi-full": (
         "model.path=models/phi",
         "model.chat_template=human.jinja",
@@ -83,9 +83,9 @@ _HUMAN_TEMPLATE: Final = """\
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{% endif -%}
 """
 
-# Runs inside the trainer: SIGKILL for its launcher and itself right before the n-th file operation
-# of a kind. Python's audit events come before the operation, so the instant is exact and nothing of
-# the runner is replaced. Where a rank is named, it dies alone.
+# Runs inside training: SIGKILL for its launcher and itself right before the n-th file operation of
+# a kind. Python's audit events come before the operation, so the instant is exact and nothing of
+# the runner is replaced. If a rank is given, only that rank dies.
 _KILLER: Final = """\
 import itertools, os, signal, sys
 
@@ -120,7 +120,7 @@ def sweep_runs(project: Project) -> None:
 
 
 def add_what_runs_need(project: Project) -> None:
-    """The models and the chat template that recipes of `RUNS` name."""
+    """Add the models and the chat template that recipes of `RUNS` name."""
     for family in FAMILIES:
         project.add_model(family)
     write_text_atomic(project.root / "human.jinja", _HUMAN_TEMPLATE)
@@ -165,16 +165,15 @@ def try_launch(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """As `launch`, for runs that may fail."""
+    """Launch a run that may fail."""
     return project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
 
 
 def launch_arguments(
     name: str, overrides: tuple[str, ...], num_processes: int | None = None
 ) -> list[str]:
-    """Arguments of `runner` for one run under a name of its own.
-
-    Of several overrides of one key the last counts here; `runner` refuses them.
+    """Arguments of `runner` for one run under its own name. If overrides repeat a key, the last one
+    counts here; `runner` refuses them.
     """
     overrides = tuple({one.partition("=")[0]: one for one in overrides}.values())
     processes = [] if num_processes is None else ["--num-processes", str(num_processes)]
@@ -191,10 +190,8 @@ def launch_killed_at(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> RunPaths:
-    """Launch a run whose processes are all killed the moment before `event` touches a file that
-    ends in `path`.
-
-    The `number`-th time that it does.
+    """Launch a run whose processes are all killed the `number`-th time that `event` is about to
+    touch a file whose path ends in `path`.
     """
     at = f"{event} {path} {number}"
     result = try_launch_killed_at(
@@ -215,10 +212,10 @@ def try_launch_killed_at(
     num_processes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """As `launch_killed_at`, without a look at what came of it; `at` is `event path number`.
+    """As `launch_killed_at`, without a check of the outcome; `at` is `event path number`.
 
-    The event `*` is any that has to do with a path that contains one of the parts of `path`, which
-    `|` separates. One `rank` alone is killed where it is named.
+    The event `*` is any event on a path that contains one of the parts of `path`, which are
+    separated by `|`. If `rank` is given, only that rank is killed.
     """
     arguments = launch_arguments(name, overrides, num_processes)
     return run_killed_at(project, *arguments, at=at, rank=rank, environment=environment)
@@ -231,8 +228,8 @@ def run_killed_at(
     rank: str = "all",
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`runner ARGUMENTS`, of which the processes of an attempt are killed as
-    `try_launch_killed_at` says.
+    """`runner ARGUMENTS`, where the processes of an attempt are killed as in
+    `try_launch_killed_at`.
     """
     hook_dir = project.root / "killer"
     hook_dir.mkdir(exist_ok=True)
@@ -247,14 +244,14 @@ def run_killed_at(
 
 @contextmanager
 def started(project: Project, name: str, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A launched run while it runs; what is left of it is killed in the end."""
+    """A launched run while it runs; what is left of it is killed at the end."""
     with started_by(project, *launch_arguments(name, overrides)) as process:
         yield process
 
 
 @contextmanager
 def started_by(project: Project, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`runner ARGUMENTS` while it runs; what is left of it is killed in the end."""
+    """`runner ARGUMENTS` while it runs; what is left of it is killed at the end."""
     process = subprocess.Popen(
         [str(RUNNER), *arguments],
         cwd=project.root,
@@ -279,7 +276,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for_path(path: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until a file is there; a process that ends first is an error."""
+    """Wait until a file exists; it is an error if the process ends first."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not path.exists():
         assert process.poll() is None, f"the run ended before {path} was written"
@@ -328,8 +325,8 @@ def kill_launcher(process: subprocess.Popen[bytes]) -> None:
 
 
 def outputs_of(paths: RunPaths) -> dict[str, bytes]:
-    """Every file that an interrupted and an uninterrupted run must have in common, to the byte; of
-    the result all but the checksum of `recipe.json`, which holds the run's name.
+    """Every file that must be equal, byte by byte, in an interrupted and an uninterrupted run; the
+    result without the checksum of `recipe.json`, which holds the run's name.
     """
     result = load_json(paths.result_path)
     result.pop("result_sha256", None)
@@ -360,14 +357,14 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def forget_end(paths: RunPaths) -> None:
-    """The record as it was before the last attempt ended."""
+    """Restore the record from before the last attempt ended."""
     content = load_json(paths.record_path)
     content["attempts"][-1] |= {"ended_at_utc": None, "exit_status": None}
     write_json_atomic(paths.record_path, content)
 
 
 def read_result(paths: RunPaths) -> TrainResult:
-    """`result.json`, parsed."""
+    """The parsed `result.json`."""
     return TrainResult.model_validate(load_json(paths.result_path))
 
 

@@ -1,4 +1,4 @@
-"""Runs as the live view gets them, made of nothing but words: no files, no processes."""
+"""Runs as the live view gets them, built in memory: no files, no processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_view(
 def make_running(
     axes: Mapping[str, Scalar], step: int, max_steps: int, *, seconds_per_step: float, **known: Any
 ) -> RunView:
-    """A run that trains."""
+    """A run in training."""
     losses = [4.0 / (1 + 0.1 * number) for number in range(step)]
     progress = Progress(
         phase="training",

@@ -21,7 +21,7 @@ FILES: Final = (*MODEL_FILES, *SUMMED_FILES)
 
 
 def add_files(paths: RunPaths) -> None:
-    """Give a completed run all files that it would have, and their records in `result.json`."""
+    """Add to a completed run all its files, and their records in `result.json`."""
     for name, content in MODEL_FILES.items():
         path = paths.run_dir / name
         path.parent.mkdir(exist_ok=True)
@@ -36,7 +36,7 @@ def add_files(paths: RunPaths) -> None:
 
 
 def record(paths: RunPaths) -> None:
-    """Write `result.json` with the records of the files as they are now."""
+    """Write `result.json` with the records of the files in their current state."""
     result = load_json(paths.result_path)
     result.pop("result_sha256", None)
     files = record_model(paths.model_dir) | record_files(list_summed_files(paths), paths.run_dir)
@@ -45,7 +45,7 @@ def record(paths: RunPaths) -> None:
 
 
 def _build_rows(model: str, score: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of which the first has all that there is."""
+    """Rows of which the first has every field."""
     names = ("num_completion_tokens", "num_tokens", "num_bytes", "completion_nll_sum", "nll_sum")
     nothing = dict.fromkeys(names, 0)
     whole = {name: score[name] for name in names}
@@ -65,12 +65,12 @@ def _edit(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def _flip(content: bytes) -> bytes:
-    """One bit of the middle."""
+    """Flip one bit in the middle."""
     at = len(content) // 2
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
-# Seen by the sizes alone, and by reading every byte only.
+# The first are found by size, the second only by reading every byte.
 BY_SIZE: Final[Mapping[str, Callable[[Path], None]]] = {
     "missing": Path.unlink,
     "cut": _edit(lambda content: content[:-1]),

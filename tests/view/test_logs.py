@@ -1,6 +1,4 @@
-"""`runner logs` beside real sweeps: the bytes as they are, the right run, and what is still to
-come.
-"""
+"""`runner logs` during real sweeps: the exact bytes, the right run, and the output to come."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ def read_until(stream: object, text: str) -> str:
 
 
 def append(fake: FakeLauncher, name: str, text: str) -> None:
-    """Print something as a trainer does; the fake's own words come when it ends."""
+    """Print text as a training process does; the fake's own output follows at its end."""
     with fake.paths(name).attempt(1).log_path.open("a") as stream:
         stream.write(text)
 
@@ -93,7 +91,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
     assert main(["rerun", "recipes/toy"]) == 1
     paths = fake.paths("a")
     record = load_json(paths.record_path)
-    record["attempts"][1]["number"] = 4  # as when somebody has taken two out
+    record["attempts"][1]["number"] = 4  # as if a user has removed two
     write_json_atomic(paths.record_path, record)
     paths.attempt(2).attempt_dir.rename(paths.attempt(4).attempt_dir)
     assert b"attempts/4/log.txt" in print_logs(fake, "runs/toy/a").stderr

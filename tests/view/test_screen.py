@@ -38,7 +38,7 @@ def cell(number: int) -> dict[str, str | int]:
 
 
 def a_sweep() -> list[RunView]:
-    """Twelve runs of which each stands elsewhere."""
+    """Twelve runs in different states."""
     done = {"step": 12, "max_steps": 12, "seconds": 66.0}
     oom = make_failure("out_of_memory", "CUDA out of memory. Tried to allocate 2.50 GiB")
     lost = make_failure(

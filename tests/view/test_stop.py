@@ -1,4 +1,6 @@
-"""`runner stop`: who is asked, what is said, and that the sweep goes on with its other runs."""
+"""`runner stop`: the runs that are asked, the messages, and a sweep that continues with its other
+runs.
+"""
 
 from __future__ import annotations
 

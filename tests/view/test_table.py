@@ -1,5 +1,5 @@
-"""The grid as a table: every run is in it or counted as hidden, whatever the axes and the size of
-the screen.
+"""The grid as a table: every run is in it or counted as hidden, for any axes and any size of the
+screen.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def test_what_runs_or_failed_is_hidden_last() -> None:
     assert shown == "model\nm00    ✓\nm17    ▶\nm33    ✗\n… 37 more r…"
 
 
-def test_states_are_told_apart_without_colour() -> None:
+def test_states_are_told_apart_without_color() -> None:
     for glyphs in (UNICODE, ASCII):
         symbols = list(glyphs.states.values())
         assert len(set(symbols)) == len(symbols) and glyphs.unknown not in symbols

@@ -1,5 +1,5 @@
-"""`runner status --watch` on a real terminal, beside a real sweep; and what it prints where there
-is none.
+"""`runner status --watch` on a real terminal, during a real sweep, and its output without a
+terminal.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Terminal:
             return False
         try:
             content = os.read(self.master, 65536)
-        except OSError:  # how a terminal says that nobody has it open any more
+        except OSError:  # a terminal reports in this way that no process has it open
             return False
         self.written += content
         return bool(content)

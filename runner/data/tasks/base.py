@@ -248,16 +248,16 @@ def derive_row_key(row: Any, bookkeeping: Sequence[str] = (), texts: Collection[
     if isinstance(row, Mapping):
         left_out = {*NEUTRAL_COLUMNS, *bookkeeping} - set(texts)
         row = {name: value for name, value in row.items() if name not in left_out}
-    return hash_json(_canonicalise(row))
+    return hash_json(_canonicalize(row))
 
 
-def _canonicalise(value: Any) -> Any:
+def _canonicalize(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace("\r\n", "\n").strip()
     if isinstance(value, Mapping):
-        return {str(name): _canonicalise(item) for name, item in value.items() if item is not None}
+        return {str(name): _canonicalize(item) for name, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_canonicalise(item) for item in value]
+        return [_canonicalize(item) for item in value]
     if isinstance(value, bool | int) or value is None:
         return value
     if isinstance(value, float) and math.isfinite(value):
@@ -325,7 +325,7 @@ class Leftovers:
         return dict(sorted(self._num_rows.items()))
 
     def refuse(self) -> None:
-        """Raises UnusedColumnsError for names that may mean something."""
+        """Raise UnusedColumnsError for names that may mean something."""
         if not self._refused:
             return
         names = tuple(self._refused)
@@ -334,9 +334,9 @@ class Leftovers:
             message = f"{self._refused[names[0]]} is {task}"
         else:
             message = "\n  ".join([f"these are {task}:", *self._refused.values()])
-        raise UnusedColumnsError(message, names, hint=self._name_ways_on(names))
+        raise UnusedColumnsError(message, names, hint=self._suggest_uses(names))
 
-    def _name_ways_on(self, names: tuple[str, ...]) -> str:
+    def _suggest_uses(self, names: tuple[str, ...]) -> str:
         ways = [f"`data.ignore: [{', '.join(names)}]` leaves what you do not need out of the rows"]
         # Braces hold identifiers only.
         column = next((name for name in names if name.isidentifier()), None)

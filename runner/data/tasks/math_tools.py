@@ -126,7 +126,7 @@ class MathJudge:
 
     def __call__(self, reference: str, answer: str) -> bool:
         """True if the two are equal as texts or as mathematics."""
-        return normalise_latex(reference) == normalise_latex(answer) or self._ask(reference, answer)
+        return normalize_latex(reference) == normalize_latex(answer) or self._ask(reference, answer)
 
     def _ask(self, reference: str, answer: str) -> bool:
         try:
@@ -136,10 +136,10 @@ class MathJudge:
         return reply is True
 
 
-def normalise_latex(text: str) -> str:
+def normalize_latex(text: str) -> str:
     r"""The text without commands that change only the appearance of a formula.
 
-    >>> normalise_latex(r"\left( \dfrac{1}{2},\, 3 \right)."), normalise_latex(r"\text{ 5 cm}")
+    >>> normalize_latex(r"\left( \dfrac{1}{2},\, 3 \right)."), normalize_latex(r"\text{ 5 cm}")
     ('(\\frac{1}{2},3)', '5cm')
     """
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:! ]|[$~]", "", text)

@@ -257,7 +257,7 @@ def _read_weight(message: Mapping[str, Any], role: str, place: str) -> bool:
 
 
 def _require_speaker(read: Mapping[str, Any], said: Any, place: str) -> None:
-    """Raises DataError for a key that only an assistant or a tool may have, in another message."""
+    """Raise DataError for a key that only an assistant or a tool may have, in another message."""
     for key, role in (
         ("tool_calls", "assistant"),
         ("reasoning_content", "assistant"),

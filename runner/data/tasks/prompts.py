@@ -57,7 +57,7 @@ class PromptTask(Task):
     )
 
     @model_validator(mode="after")
-    def _names_what_may_be_asked(self, info: ValidationInfo) -> Self:
+    def _check_placeholders(self, info: ValidationInfo) -> Self:
         if is_stored(info):
             return self
         if self.prompt is not None:
@@ -170,7 +170,7 @@ class PromptTask(Task):
 
 
 def require_placeholders(prompt: str, *names: str) -> None:
-    """Raises ValueError for a `prompt` that does not hold each placeholder exactly once."""
+    """Raise ValueError for a `prompt` that does not hold each placeholder exactly once."""
     for name in names:
         if prompt.count(f"{{{name}}}") != 1:
             raise ValueError(f"`prompt` must hold the placeholder {{{name}}} exactly once")

@@ -93,11 +93,11 @@ class SquadV2Task(PromptTask):
         >>> task.judge("Unanswerable.", ()).scores, task.judge("Unanswerable.", ("x",)).scores
         ({'exact_match': 1.0, 'f1': 1.0}, {'exact_match': 0.0, 'f1': 0.0})
         """
-        answer = normalise_squad(prediction)
-        if answer == normalise_squad(self.no_answer_text):
+        answer = normalize_squad(prediction)
+        if answer == normalize_squad(self.no_answer_text):
             answer = ""
-        normalised = [normalise_squad(reference) for reference in references]
-        expected = [text for text in normalised if text] or [""]
+        normalized = [normalize_squad(reference) for reference in references]
+        expected = [text for text in normalized if text] or [""]
         return Judgement(
             {
                 "exact_match": float(answer in expected),
@@ -143,10 +143,10 @@ def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def normalise_squad(text: str) -> str:
+def normalize_squad(text: str) -> str:
     """Lower case, without punctuation, articles and surplus whitespace.
 
-    >>> normalise_squad(" The  U.S. of A, an end")
+    >>> normalize_squad(" The  U.S. of A, an end")
     'us of end'
     """
     bare = "".join(

@@ -1,4 +1,6 @@
-"""A task is one file: put beside the others, a recipe can name it, and a run is judged by it."""
+"""A task is one file: once it is in the folder of tasks, a recipe can name it, and a run is judged
+by it.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.data.tasks.math_tools import MathJudge, MathToolsTask, normalise_latex
+from runner.data.tasks.math_tools import MathJudge, MathToolsTask, normalize_latex
 from tests.support.tasks import Rows, build, judge_all
 
 MATH = MathToolsTask(name="math_tools")
@@ -104,7 +104,7 @@ def test_equal_texts_need_no_process() -> None:
     with MathJudge() as judge:
         assert judge(r"\left(\dfrac{1}{2}, 3\right)", r"(\frac12,3)".replace("12", "{1}{2}"))
         assert not judge._child.is_running
-    assert normalise_latex(r"\leftarrow x") == r"\leftarrowx", "only whole commands are dropped"
+    assert normalize_latex(r"\leftarrow x") == r"\leftarrowx", "only whole commands are dropped"
 
 
 def test_an_answer_without_end_is_unequal_and_the_next_one_is_judged() -> None:
@@ -112,7 +112,7 @@ def test_an_answer_without_end_is_unequal_and_the_next_one_is_judged() -> None:
         assert judge("5", "2 + 3")
         first = find_child_pid(judge)
         assert not judge("5", "9^{9^{9^9}}")
-        assert not Path(f"/proc/{first}").exists(), "nothing of it goes on computing"
+        assert not Path(f"/proc/{first}").exists(), "no process of it continues to compute"
         assert judge("5", "2 + 3")
         second = find_child_pid(judge)
     with pytest.raises(ProcessLookupError):

@@ -1,5 +1,5 @@
-"""Trees become the paths that a reader would choose, and every message stands in one or under one
-reason.
+"""Trees become the paths that a reader would choose, and every message is in one or counted under
+one reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Columns stand where prompts and system texts name them; what is no placeholder stays a text."""
+"""Columns replace the placeholders in prompts and system texts; other text stays."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.text import squad
 
-from runner.data.tasks.squad_v2 import SquadV2Task, normalise_squad
+from runner.data.tasks.squad_v2 import SquadV2Task, normalize_squad
 from runner.errors import DataError
 from tests.support.tasks import Rows, build, judge_all
 
@@ -102,7 +102,7 @@ def test_squad_splits_without_one_kind_of_question_lack_its_metrics() -> None:
 
 
 def test_a_squad_reference_of_articles_alone_is_none() -> None:
-    """The official script drops references that are empty once normalised."""
+    """The official script drops references that are empty once normalized."""
     assert SQUAD.judge("x", ("the", "x")).scores == {"exact_match": 1.0, "f1": 1.0}
     assert SQUAD.judge("", ("the", "x")).scores == {"exact_match": 0.0, "f1": 0.0}
 
@@ -116,7 +116,7 @@ TEXTS = st.lists(WORDS, min_size=1, max_size=6).map(" ".join)
 def test_exact_match_and_f1_are_those_of_torchmetrics(
     prediction: str, references: list[str]
 ) -> None:
-    if not all(map(normalise_squad, references)):
+    if not all(map(normalize_squad, references)):
         return  # torchmetrics is the script of SQuAD 1.1
     expected = squad(
         {"prediction_text": prediction, "id": "1"},
