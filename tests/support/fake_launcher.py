@@ -107,6 +107,14 @@ if is_worker():
         os._exit(0)
     attempt = json.loads((Path(served) / "run.json").read_text())["attempts"][-1]
     sys.argv[1:] = attempt["command"][1:]
+
+
+def write_whole(path, content):  # as a trainer does: another sweep may read it at any time
+    temporary = path.with_name(f".{{path.name}}.{{os.getpid()}}-0.tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)
+
+
 run_dir = Path(sys.argv[-1])
 told_path = home / "told" / run_dir.name
 number = len(json.loads((run_dir / "run.json").read_text())["attempts"])
@@ -115,10 +123,10 @@ verb, _, words = lines[min(number, len(lines)) - 1].partition(" ")
 progress_path = run_dir / "attempts" / str(number) / "progress.json"
 if verb == "phase":
     phase, verb, words = (*words.split(" ", 2), "")[:3]
-    progress_path.write_text(json.dumps(dict(phase=phase)))
+    write_whole(progress_path, dict(phase=phase))
 if verb == "stepped":
     progress = dict(phase="training", step=1, max_steps=2)
-    progress_path.write_text(json.dumps(progress))
+    write_whole(progress_path, progress)
     verb, _, words = words.partition(" ")
 if verb == "committed":
     (run_dir / "checkpoints" / f"step-{{number}}").mkdir(parents=True)
@@ -178,7 +186,7 @@ def complete(digest, words=""):
         result["files"] = write_model()
         plain = json.dumps(result, sort_keys=True, separators=(",", ":"))
         result["result_sha256"] = hashlib.sha256(plain.encode()).hexdigest()
-    (run_dir / "result.json").write_text(json.dumps(result))
+    write_whole(run_dir / "result.json", result)
 
 
 digest = json.loads((run_dir / "recipe.json").read_text())["recipe_digest"]
@@ -224,7 +232,7 @@ elif verb == "obey":  # the stop file, as training does; with words, it complete
     else:
         message = request["why"] + ": stopped at step 1, which is saved"
         failure = dict(kind="preempted", message=message)
-        (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
+        write_whole(run_dir / "attempts" / str(number) / "failure.json", failure)
 elif verb == "leave":  # a process of its group that outlives it, or one that nobody finds
     seconds, known = ("2", dict(env={{}})) if words == "unknown" else ("1000", {{}})
     child = subprocess.Popen(["/bin/sleep", seconds], start_new_session=words != "", **known)
@@ -233,7 +241,7 @@ elif verb == "leave":  # a process of its group that outlives it, or one that no
 elif verb == "fail":
     kind, _, message = words.partition(" ")
     failure = dict(kind=kind, message=message)
-    (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
+    write_whole(run_dir / "attempts" / str(number) / "failure.json", failure)
 elif verb == "write":  # any text as one of the files of the run
     name, _, text = words.partition(" ")
     (run_dir / name.format(number=number)).write_text(text)
