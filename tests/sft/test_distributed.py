@@ -170,13 +170,15 @@ def test_zero_3_lora_is_the_same_experiment_and_exports_the_chosen_checkpoint(
     assert_export_gives_recorded_scores(finished, zero_lora)
 
 
-def test_a_checkpoint_that_one_rank_has_not_finished_never_counts(
-    finished: Project, ddp_full: RunPaths
+def test_a_rank_that_dies_and_ranks_that_hang_before_a_commit_cost_no_bit(
+    finished: Project, ddp_full: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second rank is killed before it writes its random state, which the first one waits for
-    before the marker.
+    """In the first attempt, the second rank is killed before it writes its random state, which the
+    first one waits for before the marker: the checkpoint never counts. In the next one, the second
+    rank is stopped and continued; later it never comes to a collective for which the first one
+    waits, and the attempt is ended with the stacks of both.
     """
-    name, overrides = "ddp-rank-killed", (DDP, *RUNS["gemma-full"])
+    name, overrides = "ddp-killed-then-stalled", (DDP, *RUNS["gemma-full"])
     at = "os.mkdir /checkpoint-8 1"
     killed = try_launch_killed_at(finished, name, *overrides, at=at, rank="1", num_processes=2)
     paths = finished.paths(name)
@@ -184,21 +186,9 @@ def test_a_checkpoint_that_one_rank_has_not_finished_never_counts(
     assert list_committed(paths) == [4] and (paths.checkpoints_dir / "checkpoint-8").exists(), (
         "the first rank's part"
     )
-    launch(finished, name, *overrides, num_processes=2)
-    assert "resuming from step 4" in read_log(paths) and "checkpoint-8.1" in quarantined(paths)
-    assert_same_outputs(paths, ddp_full)
-
-
-def test_ranks_that_hang_are_continued_then_ended_with_their_stacks_and_the_run_goes_on_exactly(
-    finished: Project, ddp_full: RunPaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second rank is stopped, and later never comes to a collective for which the first one
-    waits.
-    """
-    name, overrides = "ddp-stalled", (DDP, *RUNS["gemma-full"])
     attempt = start_hanging(finished, name, *overrides, at="/checkpoint-8", monkeypatch=monkeypatch)
     try:
-        wait_for_phase(attempt, "evaluating base", "evaluating", "training", "saving")
+        wait_for_phase(attempt, "evaluating", "training", "saving")
         stopped = find_rank(attempt, 1)
         os.kill(stopped, signal.SIGSTOP)
         watched = Watched(attempt, limit_seconds=3.0)
@@ -207,22 +197,23 @@ def test_ranks_that_hang_are_continued_then_ended_with_their_stacks_and_the_run_
         attempt.process.signal_group(signal.SIGKILL)
         failure = attempt.finish()
     assert f"process {stopped} was stopped; continued" in watched.said[0]
-    assert list_committed(attempt.paths) == [4], "it went on, and hung later"
+    assert list_committed(paths) == [4], "it went on, and hung later"
     assert failure is not None and failure.kind == "stalled"
     assert re.fullmatch(
         r"no sign of life for \d+ s while saving, step \d+/12; the stacks of 2 processes are in the"
         r" log",
         failure.message,
     )
-    log = read_log(attempt.paths)
+    log = read_log(paths)
+    assert "resuming from step 4" in log and "checkpoint-8.1" in quarantined(paths)
     parts = re.split(r"runner: stacks of rank (\d), process [^:]*:", log)
     stacks = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert "never_comes_back" in stacks["1"] and "never_comes_back" not in stacks["0"]
     assert "wait_for_everyone" in stacks["0"]
     monkeypatch.undo()
     launch(finished, name, *overrides, num_processes=2)
-    assert "resuming from step 4" in read_log(attempt.paths)
-    assert_same_outputs(attempt.paths, ddp_full)
+    assert "resuming from step 4" in read_log(paths)
+    assert_same_outputs(paths, ddp_full)
 
 
 def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(

@@ -25,6 +25,7 @@ from tests.support.fake_checkpoints import commit, listing, make_paths
 from tests.support.faulty_runs import launch_faulty, make_fault
 from tests.support.reports import completed, make_recipe
 from tests.support.training_runs import (
+    RUNS,
     assert_same_outputs,
     launch,
     read_attempts,
@@ -120,17 +121,15 @@ def test_a_partial_checkpoint_gives_its_room_back(error: OSError, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_a_while_costs_a_retry_and_no_bit(project: Project) -> None:
+def test_a_disk_that_is_full_for_a_while_costs_a_retry_and_no_bit(finished: Project) -> None:
     """While a marker, the metrics and the result are written: each once, then there is space
     again.
     """
-    project.add_model()
-    reference = launch(project, "reference", *SHORT)
     full = (errno.ENOSPC, os.strerror(errno.ENOSPC))
     done = launch_faulty(
-        project,
-        "full",
-        *SHORT,
+        finished,
+        "disk-full",
+        *RUNS["gemma-lora"],
         "launch.retries={transient: 3, backoff_seconds: 0}",
         faults=[
             make_fault("os.rename", "COMMITTED.json", "builtins.OSError", *full),
@@ -138,13 +137,13 @@ def test_a_disk_that_is_full_for_a_while_costs_a_retry_and_no_bit(project: Proje
             make_fault("os.rename", "/model", "builtins.OSError", *full),
         ],
     )
-    paths = project.paths("full")
+    paths = finished.paths("disk-full")
     assert done.returncode == 0, done.stderr + read_log(paths)
     failures = [one["failure"] for one in read_attempts(paths)]
     assert [failure and failure["kind"] for failure in failures] == ["transient"] * 3 + [None]
     assert all(failure["message"].startswith("disk full: ") for failure in failures[:3])
     assert not paths.quarantine_dir.exists(), "what was never committed takes no room"
-    assert_same_outputs(paths, reference)
+    assert_same_outputs(paths, finished.paths("gemma-lora"))
 
 
 @pytest.fixture

@@ -66,19 +66,27 @@ def move(hub: MovingHub, project: Project) -> None:
 def test_an_attempt_after_the_branch_moved_loads_what_the_first_one_did(
     project: Project, hub: MovingHub
 ) -> None:
-    """Cold, then warm; and a new run of the same names is another experiment, and told to be."""
+    """Cold, then warm; and a new run of the same names is another experiment, and told to be.
+
+    On another machine, where only the checkpoints are, they are continued on their own commits
+    alone.
+    """
     environment = hub.environment(project.root / "cache")
     whole = launch(project, "whole", *OVERRIDES, environment=environment)
     adapter = load_json(whole.model_dir / "adapter_config.json")
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/Tiny-It", A)
+    place = f"file://{project.root}/remote"
+    remote = f"checkpoints.remote={{url: '{place}', options: {{auto_mkdir: true}}, load: true}}"
+    overrides = (*OVERRIDES, remote, "checkpoints.archive=zip")
     paths = launch_killed_at(
         project,
         "killed",
-        *OVERRIDES,
+        *overrides,
         event="os.rename",
         path="step-6/COMMITTED.json",
         environment=environment,
     )
+    saved = shutil.copytree(project.root / "remote", project.root / "saved")
     move(hub, project)
     hub.take_requests()
     done = project.cli("sweep", "runs/tests/killed", environment=environment)
@@ -104,6 +112,22 @@ def test_an_attempt_after_the_branch_moved_loads_what_the_first_one_did(
     assert shown.count(f"\n  revision: {A}\n") == 2, "for the model and the data set"
     checked = project.cli("check", "runs/tests/new", environment=environment)
     assert checked.returncode == 0 and f"\n  revision: {A}\n" in checked.stdout, checked.stderr
+
+    (archive,) = saved.rglob("step-4.zip")
+    shutil.rmtree(paths.run_dir)
+    shutil.rmtree(project.root / "remote")
+    saved.rename(project.root / "remote")
+    other = try_launch(project, "killed", *overrides, environment=environment)
+    assert other.returncode == 10, other.stderr
+    assert f'commits.model.path: "{A}" -> "{B}"' in other.stderr
+    assert f'commits.data.train.path: "{A}" -> "{B}"' in other.stderr
+    assert "--resume PATH" in other.stderr
+    arguments = ("launch", "recipe.yaml", *overrides, "--name", "killed")
+    archive = project.root / "remote" / archive.relative_to(saved)
+    done = project.cli(*arguments, "--resume", str(archive), environment=environment)
+    assert done.returncode == 0, f"{done.stderr}\n{read_log(paths)}"
+    assert load_json(paths.recipe_path)["commits"] == {"model.path": A, "data.train.path": A}
+    assert "resuming from step 4" in read_log(paths)
 
 
 def test_ranks_of_a_later_attempt_ask_nobody_and_what_is_gone_is_refused(
@@ -131,35 +155,4 @@ def test_ranks_of_a_later_attempt_ask_nobody_and_what_is_gone_is_refused(
     hub.take_requests()
     launch(project, "killed", *OVERRIDES, DDP, num_processes=2, environment=environment)
     assert hub.take_requests() == []
-    assert "resuming from step 4" in read_log(paths)
-
-
-def test_a_checkpoint_without_its_run_is_continued_on_its_own_commits_only(
-    project: Project, hub: MovingHub
-) -> None:
-    """The machine is gone, and the branch has moved on."""
-    environment = hub.environment(project.root / "cache")
-    place = f"file://{project.root}/remote"
-    remote = f"checkpoints.remote={{url: '{place}', options: {{auto_mkdir: true}}, load: true}}"
-    overrides = (*OVERRIDES, remote, "checkpoints.archive=zip")
-    paths = launch_killed_at(
-        project,
-        "killed",
-        *overrides,
-        event="os.rename",
-        path="step-6/COMMITTED.json",
-        environment=environment,
-    )
-    (archive,) = (project.root / "remote").rglob("step-4.zip")
-    shutil.rmtree(paths.run_dir)
-    move(hub, project)
-    other = try_launch(project, "killed", *overrides, environment=environment)
-    assert other.returncode == 10, other.stderr
-    assert f'commits.model.path: "{A}" -> "{B}"' in other.stderr
-    assert f'commits.data.train.path: "{A}" -> "{B}"' in other.stderr
-    assert "--resume PATH" in other.stderr
-    arguments = ("launch", "recipe.yaml", *overrides, "--name", "killed")
-    done = project.cli(*arguments, "--resume", str(archive), environment=environment)
-    assert done.returncode == 0, f"{done.stderr}\n{read_log(paths)}"
-    assert load_json(paths.recipe_path)["commits"] == {"model.path": A, "data.train.path": A}
     assert "resuming from step 4" in read_log(paths)

@@ -151,6 +151,7 @@ def test_qlora_resumes_exactly(workplace: Project, qlora: RunPaths) -> None:
     assert_same_outputs(paths, qlora)
 
 
+@pytest.mark.torture  # the experiment `oasst_phi2` trains with it
 @pytest.mark.slow
 def test_other_paged_optimizer(workplace: Project, qlora: RunPaths) -> None:
     paths = launch(

@@ -24,7 +24,7 @@ from runner.run.scores import find_score_contradictions
 from runner.sft.order import EpochSampler
 from tests.conftest import Project
 from tests.support.exported_models import recipe_of
-from tests.support.training_runs import RUNS, launch, read_result
+from tests.support.training_runs import RUNS, read_result
 
 pytestmark = pytest.mark.slow
 
@@ -102,10 +102,13 @@ def test_a_full_fine_tune_starts_with_the_weights_of_its_base(finished: Project)
 def test_arms_that_differ_in_loss_alone_start_and_go_alike_and_other_seeds_do_not(
     finished: Project,
 ) -> None:
-    arguments = RUNS["gemma-lora"]
+    arms = {"gemma-lora-full": "loss=full", "gemma-lora-seed": "training.seed=4"}
+    for name, other in arms.items():
+        finished.write_recipe(f"arms/{name}.yaml", *RUNS["gemma-lora"], other)
+    done = finished.cli("sweep", "arms")
+    assert done.returncode == 0, done.stderr
     reference = read_result(finished.paths("gemma-lora"))
-    full = read_result(launch(finished, "gemma-lora-full", *arguments, "loss=full"))
-    seeded = read_result(launch(finished, "gemma-lora-seed", *arguments, "training.seed=4"))
+    full, seeded = (read_result(finished.paths(name)) for name in arms)
     assert full.initial_weights_hash == reference.initial_weights_hash is not None
     assert full.row_order_hash == reference.row_order_hash
     assert (full.num_updates, full.schedule_steps) == (

@@ -12,22 +12,19 @@ from typing import Final
 import pytest
 
 from runner.files import load_json
-from runner.run.paths import RunPaths, marker_path
+from runner.run.paths import RunPaths
 from tests.conftest import Project
 from tests.support.training_runs import (
     RUNS,
     assert_same_outputs,
     forget_end,
-    kill_launcher,
     launch,
     launch_killed_at,
     read_attempts,
     read_log,
     read_result,
     snapshot,
-    started,
     try_launch,
-    wait_for_path,
 )
 
 pytestmark = pytest.mark.slow
@@ -53,23 +50,6 @@ def flip_one_bit(path: Path) -> None:
 
 def quarantined(paths: RunPaths) -> list[str]:
     return sorted(path.name for path in paths.quarantine_dir.iterdir())
-
-
-def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(
-    finished: Project,
-) -> None:
-    """LoRA with dropout, rows grouped by length, accumulation, and an incomplete last batch in each
-    epoch.
-    """
-    paths = finished.paths("killed-lora")
-    with started(finished, "killed-lora", *RUNS["gemma-lora"]) as process:
-        wait_for_path(marker_path(paths.checkpoint_dir(4)), process)
-        kill_launcher(process)
-    assert not paths.result_path.exists()
-    launch(finished, "killed-lora", *RUNS["gemma-lora"])
-    assert "resuming from step" in read_log(paths)
-    assert read_attempts(paths)[0]["ended_at_utc"] is None
-    assert_same_outputs(paths, finished.paths("gemma-lora"))
 
 
 def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
@@ -138,12 +118,15 @@ def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(finished: Pro
     assert_same_outputs(copy, finished.paths("gemma-lora"))
 
 
-def test_a_checkpoint_of_other_rows_is_not_continued_and_nothing_is_changed(
+def test_a_checkpoint_of_other_rows_or_with_damaged_weights_is_not_continued(
     finished: Project,
 ) -> None:
-    """As where a library or a data set on the hub changed between two attempts."""
-    name, overrides = "other-rows", RUNS["gemma-lora"]
-    paths = copy_unfinished(finished, "gemma-lora", name)
+    """The rows differ as where a library or a data set on the hub changed between two attempts:
+    nothing is changed. The damage is in the best checkpoint, which takes those with it that would
+    export it.
+    """
+    name, overrides = "other-rows", RUNS["llama-early"]
+    paths = copy_unfinished(finished, "llama-early", name)
     samples = load_json(paths.samples_path)
     was = samples["splits"]["validation"]["mask_hash"]
     samples["splits"]["validation"]["mask_hash"] = "0" * 64
@@ -155,10 +138,13 @@ def test_a_checkpoint_of_other_rows_is_not_continued_and_nothing_is_changed(
     assert "\n  validation: differs in mask_hash\n" in result.stderr
     assert read_attempts(paths)[-1]["failure"]["kind"] == "data"
     assert snapshot_without_attempts(paths) == before
-    shutil.rmtree(paths.checkpoints_dir)  # so that the run starts at step 0
+    weights_path = paths.checkpoint_dir(4) / "model.safetensors"
+    weights_path.write_bytes(weights_path.read_bytes()[:-1])
     launch(finished, name, *overrides)
+    assert quarantined(paths) == ["step-10.1", "step-4.1"]
+    assert "starting at step 0" in read_log(paths)
     assert load_json(paths.samples_path)["splits"]["validation"]["mask_hash"] == was
-    assert_same_outputs(paths, finished.paths("gemma-lora"))
+    assert_same_outputs(paths, finished.paths("llama-early"))
 
 
 def snapshot_without_attempts(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
@@ -167,14 +153,3 @@ def snapshot_without_attempts(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
         for path, state in snapshot(paths.run_dir).items()
         if "/attempts/" not in path and not path.endswith(("/run.json", "/recipe.json"))
     }
-
-
-def test_damaged_best_checkpoint_takes_those_with_it_that_would_export_it(
-    finished: Project,
-) -> None:
-    copy = copy_unfinished(finished, "llama-early", "damaged-best")
-    weights_path = copy.checkpoint_dir(4) / "model.safetensors"
-    weights_path.write_bytes(weights_path.read_bytes()[:-1])
-    launch(finished, "damaged-best", *RUNS["llama-early"])
-    assert quarantined(copy) == ["step-10.1", "step-4.1"] and "starting at step 0" in read_log(copy)
-    assert_same_outputs(copy, finished.paths("llama-early"))

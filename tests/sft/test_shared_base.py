@@ -100,33 +100,27 @@ def test_a_run_leaves_the_same_bytes_whoever_scored_its_base(project: Project) -
     assert "base scores computed " in why
 
 
-def test_a_kill_while_an_entry_is_written_leaves_none_and_costs_nothing_else(
+def test_a_kill_and_a_full_disk_while_an_entry_is_written_cost_the_entry_only(
     project: Project,
 ) -> None:
     project.add_model()
-    reference = launch(project, "reference", *SHORT, "--own-base")
     killed = launch_killed_at(project, "killed", *SHORT, event="open", path="/answers.json")
     assert list_entries(killed) == []
     assert list((project.root / "runs" / ".base").glob(".*.tmp")) != []
-    launch(project, "killed", *SHORT)
-    assert_same_outputs(killed, reference)
-    assert read_source(killed, 2).is_kept and len(list_entries(killed)) == 1
+    full = (errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fault = make_fault("open", "/answers.json", "builtins.OSError", *full)
+    done = launch_faulty(project, "killed", *SHORT, faults=[fault])
+    assert done.returncode == 0, done.stderr
+    assert "No space left" in str(read_source(killed, 2).why) and list_entries(killed) == []
+    after = launch(project, "after", *SHORT)
+    assert_same_outputs(after, killed)
+    assert read_source(after).is_kept and len(list_entries(after)) == 1
     assert list((project.root / "runs" / ".base").glob(".*.tmp")) == []
 
 
-def test_a_full_disk_while_an_entry_is_written_costs_the_entry_only(project: Project) -> None:
-    project.add_model()
-    full = (errno.ENOSPC, os.strerror(errno.ENOSPC))
-    fault = make_fault("open", "/answers.json", "builtins.OSError", *full)
-    done = launch_faulty(project, "full", *SHORT, faults=[fault])
-    assert done.returncode == 0, done.stderr
-    paths = project.paths("full")
-    assert "No space left" in str(read_source(paths).why) and list_entries(paths) == []
-    assert_same_outputs(launch(project, "after", *SHORT), paths)
-    assert read_source(project.paths("after")).is_kept
-
-
-def test_two_sweeps_that_want_the_same_scores_compute_them_once(project: Project) -> None:
+def test_two_sweeps_that_want_the_same_scores_compute_them_once_for_each_number_of_ranks(
+    project: Project,
+) -> None:
     project.add_model()
     commands = []
     for name in ("one", "two"):
@@ -148,13 +142,10 @@ def test_two_sweeps_that_want_the_same_scores_compute_them_once(project: Project
     assert len(list_entries(one)) == 1 and find_other_base_scores(project.root / "runs") == []
     assert_same_outputs(one, two)
 
-
-def test_two_ranks_share_among_themselves_only(project: Project) -> None:
-    project.add_model()
+    # Two ranks share among themselves only.
     ranks = (*SHORT, "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml")
-    first = launch(project, "first", *SHORT)
-    second = launch(project, "second", *ranks, num_processes=2)
-    third = launch(project, "third", *ranks, num_processes=2)
-    assert read_source(first).is_kept and read_source(second).is_kept
+    second = launch(project, "ranks-one", *ranks, num_processes=2)
+    third = launch(project, "ranks-two", *ranks, num_processes=2)
+    assert read_source(second).source == "own" and read_source(second).is_kept
     assert read_source(third).source == "shared"
     assert_same_outputs(third, second)

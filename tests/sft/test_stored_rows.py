@@ -62,17 +62,16 @@ def test_runs_with_and_without_an_entry_end_with_the_same_bytes(project: Project
     write_large(project)
     launch_without_entry(project, "memory")
     reference = project.paths("memory")
-    try_launch_killed_at(project, "first", *SHORT, at="os.rename rows.json 1")
+    paths = project.paths("killed")
+    try_launch_killed_at(project, "killed", *SHORT, at="os.rename rows.json 1")
     assert list_kinds(project) == ["leftover"]
-    launch(project, "first", *SHORT)  # goes on where it was killed
-    assert "masked 5,026 rows in" in read_log(project.paths("first"))
+    launch_killed_at(project, "killed", *SHORT, event="os.rename", path="COMMITTED.json", number=2)
+    assert "masked 5,026 rows in" in read_log(paths)
     assert list_kinds(project) == ["entry"]
-    launch_killed_at(project, "second", *SHORT, event="os.rename", path="COMMITTED.json", number=2)
-    launch(project, "second", *SHORT)
-    log = read_log(project.paths("second"))
-    assert "rows were masked by tests/first, attempt 2," in log and "resuming from" in log
-    for name in ("first", "second"):
-        assert_same_outputs(project.paths(name), reference)
+    launch(project, "killed", *SHORT)
+    log = read_log(paths)
+    assert "rows were masked by tests/killed, attempt 2," in log and "resuming from" in log
+    assert_same_outputs(paths, reference)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from runner.checkpoints.marker import list_committed
 from runner.files import load_json
 from runner.run.paths import RunPaths, marker_path
 from tests.conftest import Project, build_environment
@@ -19,10 +20,10 @@ from tests.support.training_runs import (
     assert_same_outputs,
     kill_launcher,
     launch,
-    launch_killed_at,
     list_files,
     read_attempts,
     read_log,
+    started,
     started_by,
     wait_for_path,
 )
@@ -110,26 +111,25 @@ def test_no_trainer_imports_what_its_recipe_has_no_use_for(project: Project) -> 
         assert hidden & modules == set(), start
 
 
-def test_what_was_forked_and_killed_goes_on_cold(finished: Project) -> None:
-    """With the sweep everything below it is gone: launcher, worker and trainer."""
-    paths = finished.paths("forked-then-cold")
-    recipe = finished.write_recipe("warm/forked-then-cold.yaml", *RUNS[NAME])
-    with started_by(finished, "sweep", str(recipe)) as process:
+def test_a_killed_runner_takes_all_below_it_along_and_the_run_goes_on_exactly(
+    finished: Project,
+) -> None:
+    """The launcher and the trainer of a launch; then the launcher, worker and trainer of a sweep,
+    which resumes what was started cold; then the run ends cold.
+    """
+    name = "killed-cold-and-warm"
+    paths, recipe = finished.paths(name), finished.write_recipe(f"warm/{name}.yaml", *RUNS[NAME])
+    with started(finished, name, *RUNS[NAME]) as process:
         wait_for_path(marker_path(paths.checkpoint_dir(4)), process)
         kill_launcher(process)
-    assert not paths.result_path.exists()
-    launch(finished, "forked-then-cold", *RUNS[NAME])
-    assert list_starts(paths) == ["warm", "cold"] and "resuming from step" in read_log(paths)
-    assert_same_outputs(paths, finished.paths(NAME))
-
-
-def test_what_was_killed_cold_goes_on_forked(finished: Project) -> None:
-    name = "cold-then-forked"
-    recipe = finished.write_recipe(f"warm/{name}.yaml", *RUNS[NAME])
-    paths = launch_killed_at(
-        finished, name, *RUNS[NAME], event="os.rename", path="step-8/COMMITTED.json"
+    first = list_committed(paths)[-1]
+    with started_by(finished, "sweep", str(recipe)) as process:
+        wait_for_path(paths.attempt(2).logs_path, process)  # it trains
+        kill_launcher(process)
+    assert f"resuming from step {first}" in read_log(paths) and not paths.result_path.exists()
+    assert [attempt["ended_at_utc"] for attempt in read_attempts(paths)] == [None, None]
+    launch(finished, name, *RUNS[NAME])
+    assert list_starts(paths) == ["cold", "warm", "cold"] and "resuming from step" in read_log(
+        paths
     )
-    done = finished.cli("sweep", recipe)
-    assert done.returncode == 0, done.stderr
-    assert list_starts(paths) == ["cold", "warm"] and "resuming from step 4" in read_log(paths)
     assert_same_outputs(paths, finished.paths(NAME))
