@@ -123,8 +123,12 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
     try:
         for family in families:
             built_dir = _make_folder(output_dir, f".building-{family}-")
+            # A daemon: Ctrl-C before it is in `children` must not make the exit wait for it.
             child = context.Process(
-                target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family
+                target=_build_in_child,
+                args=(family, built_dir, plan, os.getpid()),
+                name=family,
+                daemon=True,
             )
             child.start()
             children[child.sentinel] = (child, built_dir)
@@ -146,11 +150,12 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-    finally:
-        for child, built_dir in children.values():  # some are left only after Ctrl-C or an error
+    except BaseException:  # such as Ctrl-C
+        for child, _ in children.values():
             child.kill()
             child.join()
-            shutil.rmtree(built_dir, ignore_errors=True)
+        _remove_leftovers(output_dir)
+        raise
     if failed:
         raise RuntimeError(
             f"the base models {', '.join(failed)} were not built; their errors are above"
