@@ -88,7 +88,7 @@ class HubTarget:
         if (owner := find_placeholder(repo_id)) is not None:
             raise RefusedError(
                 f"`{owner}` in {repo_id} is a placeholder",
-                hint="name the repository, with your own name or organisation: --push OWNER/NAME",
+                hint="name the repository, with your own name or organization: --push OWNER/NAME",
             )
         if not token:
             raise RefusedError(

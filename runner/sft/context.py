@@ -99,8 +99,8 @@ class RunContext:
         recipe = load_code(stored.pinned, output_root, allow, stored.contents)
         if place.world_size != attempt.num_processes:
             raise RefusedError(
-                f"{format_count(place.world_size, 'process')} started this attempt,"
-                f" {attempt.num_processes} were requested",
+                f"this attempt has {format_count(place.world_size, 'process')},"
+                f" expected {attempt.num_processes}",
                 hint=(
                     f"check that {recipe.launch.accelerate_config} starts several processes; "
                     "accelerate_configs/cpu.yaml and single_gpu.yaml start one"
