@@ -151,7 +151,9 @@ def require_step(paths: RunPaths, checkpoints: CheckpointsSection, step: int) ->
 
 
 def _build_verification(paths: RunPaths, checkpoints: CheckpointsSection) -> Verification:
-    """A verification that unpacks next to the checkpoints: an archive's folder is then renamed."""
+    """A verification that unpacks next to the checkpoints, so that an archive's folder can be
+    renamed into place.
+    """
     return Verification(paths, checkpoints, paths.checkpoints_dir, IMPORTING_PREFIX)
 
 

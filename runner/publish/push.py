@@ -106,8 +106,8 @@ class Commit:
 
 
 def push_files(files: Files, target: HubTarget, message: str) -> Commit:
-    """The commit that holds the files and no other weights; the repository's newest one if it
-    already holds them.
+    """Push the files. Return the commit that holds them and no other weights; the repository's
+    newest one if it already holds them.
 
     Raises:
         PushError: the hub refuses, cannot be reached, or has a public repository under a name that

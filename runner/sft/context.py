@@ -92,7 +92,7 @@ class RunContext:
             raise RefusedError(
                 f"{paths.recipe_path} differs from what this version of the runner would train:"
                 f"\n{shown}",
-                hint="start the run with `runner launch`, which lists the ways out",
+                hint="start the run with `runner launch`, which lists the alternatives",
             )
         output_root = find_output_root(run_dir)
         allow = suggest_allowing([str(run_dir)], output_root)
