@@ -113,7 +113,7 @@ def test_two_values_of_an_axis(project: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["compare", "loss=full", "loss=completion", "--grid", "demo", "--axis", "loss"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "3 pairs of runs that agree in all other axes" in shown
+    assert "3 pairs of runs, equal in all other axes" in shown
     assert "### loss: full -> completion" in shown and "| all | " in " ".join(shown.split())
     assert "3 x 40" in shown
     assert main([*arguments, "--json"]) == 0
