@@ -81,7 +81,7 @@ def find_unknown(settings: Mapping[str, str]) -> list[str]:
 
 
 def build_variables(settings: Mapping[str, str]) -> dict[str, str]:
-    """The variables that tell uv the same.
+    """The variables with the same meaning for uv.
 
     >>> build_variables({"find-links": "/a\\n/b", "trusted-host": "here there"})
     {'UV_FIND_LINKS': '/a,/b', 'UV_INSECURE_HOST': 'here there'}
@@ -109,7 +109,7 @@ def find_uv() -> list[str] | None:
 def install_with_uv(what: str, settings: Mapping[str, str]) -> str | None:
     """None after it was installed, otherwise the reason why uv did not."""
     if unknown := find_unknown(settings):
-        return f"pip is told {', '.join(unknown)}, which uv would not heed"
+        return f"pip gets {', '.join(unknown)}, which uv would ignore"
     uv = find_uv()
     if uv is None:
         return "the package index has no uv for this machine"

@@ -55,7 +55,7 @@ def guess_a_word(rng: random.Random) -> list[dict[str, str]]:
 
 
 def solve_with_tools(rng: random.Random) -> Row:
-    """A word problem; the tool's output is a user turn, and sometimes an error that is mended."""
+    """A word problem; the tool's output is a user turn, sometimes an error that is corrected."""
     name, other = rng.sample(words.NAMES, 2)
     thing = rng.choice(words.THINGS)
     count, price, rest = rng.randint(3, 40), rng.randint(2, 15), rng.randint(1, 30)

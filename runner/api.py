@@ -144,7 +144,7 @@ def load_recipe(path: StrPath, overrides: str | Sequence[str] = ()) -> Recipe:
     Its sections are attributes: `load_recipe("recipes/demo/a.yaml").training.learning_rate`.
 
     Raises:
-        RecipeError: all problems at once, with lines and dotted keys.
+        RecipeError: all problems together, with lines and dotted keys.
     """
     return parse.load_recipe(Path(path), _list_texts(overrides))
 

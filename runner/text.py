@@ -38,7 +38,7 @@ def cut(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
 
 
 def cut_middle(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
-    """As `cut`, but keeps the end, where the values of an axis often differ.
+    """Like `cut`, but keeps the end, where the values of an axis often differ.
 
     >>> cut_middle("gemma-2-9b-it", 8), cut_middle("task-12", 5), cut_middle("task", 2)
     ('gemm…-it', 'ta…12', '…k')

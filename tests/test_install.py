@@ -163,7 +163,7 @@ def test_pip_installs_where_uv_would_not_heed_what_it_is_told(machine: Machine) 
     machine.settle("global.only-binary=':all:'", "global.proxy='http://proxy.example:3128'")
     calls, printed = machine.install()
     assert [call.program for call in calls] == ["pip"]
-    assert printed == "pip is told only-binary, proxy, which uv would not heed: pip installs\n"
+    assert printed == "pip gets only-binary, proxy, which uv would ignore: pip installs\n"
 
 
 def test_the_examples_of_the_installer() -> None:

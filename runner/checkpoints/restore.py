@@ -151,12 +151,16 @@ def require_step(paths: RunPaths, checkpoints: CheckpointsSection, step: int) ->
 
 
 def _build_verification(paths: RunPaths, checkpoints: CheckpointsSection) -> Verification:
-    """A verification that unpacks next to the checkpoints: an archive's folder is then renamed."""
+    """A verification that unpacks next to the checkpoints, so that an archive's folder can be
+    renamed into place.
+    """
     return Verification(paths, checkpoints, paths.checkpoints_dir, IMPORTING_PREFIX)
 
 
-def find_local_copy(source: Path, step: int | None) -> Path | None:
-    """The path that `import_checkpoint` uses if the source is a local folder or archive."""
+def find_local_checkpoint(source: Path, step: int | None) -> Path | None:
+    """The path of that step next to the source, a local folder or archive; without a step, the
+    source.
+    """
     if step is None:
         return source
     folder = source.absolute().parent
@@ -340,7 +344,9 @@ def choose_resume_step(
         fetch = build_fetch(folder, step, recipe, paths, phase)
         import_checkpoint(paths, checkpoints, fingerprint, fetch)
     elif resume not in ("auto", "none", *named):
-        import_checkpoint(paths, checkpoints, fingerprint, partial(find_local_copy, Path(resume)))
+        import_checkpoint(
+            paths, checkpoints, fingerprint, partial(find_local_checkpoint, Path(resume))
+        )
     policy = build_policy(recipe, resume, divisor, _build_verification(paths, checkpoints))
     choice = _choose_own(paths, wanted, fingerprint, policy, before_resuming)
     may_load = resume == "auto" and checkpoints.remote is not None and checkpoints.remote.load

@@ -80,7 +80,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
             hint="runner launch RECIPE --fresh  # on the machine that has the runs",
         )
     options = engine.parse_options(arguments)
-    num_undone = 0
+    num_problems = 0
     found: dict[str, RunStatus] = {}
     # For the engines that only write a file, the token is set elsewhere.
     pushes = PushPlan(needs_token=not engine.ONLY_WRITES_FILES)
@@ -89,8 +89,8 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     def plan(
         queued: Mapping[str, QueuedRun], stream: TextIO, require: RequireRuns | None = None
     ) -> list[Launch]:
-        nonlocal num_undone
-        planned, num_undone = _decide_all(
+        nonlocal num_problems
+        planned, num_problems = _decide_all(
             selected, arguments, queued, stream, found, pushes, require,
             only_unfinished=only_unfinished,
         )  # fmt: skip
@@ -111,13 +111,13 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         counts = Counter(status.state for status in statuses.values())
         print(_describe_states(counts + Counter(unreadable=len(unreadable))), file=sys.stderr)
         # Counts some runs twice; only zero or not matters.
-        num_undone += sum(counts[state] for state in _UNDONE)
+        num_problems += sum(counts[state] for state in _PROBLEM_STATES)
     # A file is written for the runs that can be launched, so it counts as a success.
-    has_undone = num_undone or unreadable or num_unpushed
-    return code or (1 if has_undone and not engine.ONLY_WRITES_FILES else 0)
+    has_problems = num_problems or unreadable or num_unpushed
+    return code or (1 if has_problems and not engine.ONLY_WRITES_FILES else 0)
 
 
-_UNDONE: Final = ("interrupted", "failed", "changed", "damaged", "unreadable")
+_PROBLEM_STATES: Final = ("interrupted", "failed", "changed", "damaged", "unreadable")
 
 
 def _read_statuses(selected: Sequence[Selected], output_root: Path) -> dict[str, RunStatus]:
@@ -136,7 +136,7 @@ def _print_undone(found: Mapping[str, RunStatus], statuses: Mapping[str, RunStat
     for full_name, status in statuses.items():
         before = found[full_name].state
         is_left_alone = before in ("running", "completed")
-        reported = _UNDONE if is_left_alone else ("changed", "damaged")
+        reported = _PROBLEM_STATES if is_left_alone else ("changed", "damaged")
         if status.state == before or status.state not in reported:
             continue
         why, hint = status.why.partition("\n")[0], find_hint(status)
@@ -191,7 +191,7 @@ def _decide_all(
     hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
     planned: dict[str, Launch] = {}
     changed: list[ChangedRun] = []
-    num_undone = num_of_other_rules = num_not_begun = 0
+    num_problems = num_of_other_rules = num_not_begun = 0
     for one in selected:
         # A run that was never started has nothing to compare its files with.
         is_compared = not is_preview or one.paths.recipe_path.exists()
@@ -225,7 +225,7 @@ def _decide_all(
         elif decision.action == "refuse" or (
             status.state == "failed" and one.full_name not in queued
         ):
-            num_undone += 1
+            num_problems += 1
     fresh = {
         one.full_name: replace(
             _build_launch(one.selected, one.contents, arguments, 0), resume="none"
@@ -235,7 +235,7 @@ def _decide_all(
     }
     if num_not_begun:
         runs = "1 run was" if num_not_begun == 1 else f"{num_not_begun} runs were"
-        what = f"{runs} never started (`rerun` only resumes started runs)"
+        what = f"{runs} never started (`rerun` runs only those that were started)"
         print(_describe_block("skip", what, ()), file=stream)
     pushes.refuse()
     allow = suggest_allowing(
@@ -250,10 +250,10 @@ def _decide_all(
     if changed and arguments.fresh:
         moved, num_refused = _start_fresh(changed, arguments, queued, stream)
         planned |= {name: fresh[name] for name in moved}
-        num_undone += num_refused
+        num_problems += num_refused
     elif changed:
         print(_describe_changed(changed, arguments), file=stream)
-        num_undone += len(changed)
+        num_problems += len(changed)
     if planned and num_of_other_rules:
         print(
             f"note: {format_count(num_of_other_rules, 'completed run')} of this sweep"
@@ -262,7 +262,7 @@ def _decide_all(
             " a report compares only runs with the same rules",
             file=sys.stderr,
         )
-    return [planned[one.full_name] for one in selected if one.full_name in planned], num_undone
+    return [planned[one.full_name] for one in selected if one.full_name in planned], num_problems
 
 
 def _start_fresh(

@@ -180,8 +180,8 @@ def _load_json(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
             hint="keep only the list of rows in the file, or write one row per line (.jsonl)",
         )
     (key,) = lists
-    if beside := tuple(f"{path}: `{name}`" for name in value if name != key):
-        aside["keys next to the rows"] = (*aside.get("keys next to the rows", ()), *beside)
+    if others := tuple(f"{path}: `{name}`" for name in value if name != key):
+        aside["keys next to the rows"] = (*aside.get("keys next to the rows", ()), *others)
     for number, row in enumerate(value[key], start=1):
         yield f"{path} `{key}` row {number}", row
 

@@ -91,8 +91,8 @@ def write_shards(
     num_processes: int,
     report: Callable[[int], None],
 ) -> list[Outcome]:
-    """The outcome of each task, in order; tasks after one that failed may have none. `report` is
-    called with the number of rows masked so far, several times a second.
+    """Write the shards. Return the outcome of each task, in order; tasks after one that failed may
+    have none. `report` is called with the number of rows masked so far, several times a second.
 
     Raises:
         OSError: a shard cannot be written, or a process was lost.

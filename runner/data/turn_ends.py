@@ -101,7 +101,9 @@ def _find_witness(template: ChatTemplate, turn: TurnText) -> str | None:
 
 
 def _find_user_end(template: ChatTemplate, turn: TurnText) -> list[Any]:
-    """The end of a turn, found from the user's turns, which end in the same way."""
+    """The end of a turn, found from the user's turns: within a conversation, the turns of both
+    roles end in the same way.
+    """
     users = [n for n in range(turn.index) if turn.chat[n]["role"] == "user"]
     if not users:
         return []

@@ -15,8 +15,8 @@ from runner.grid.column_hints import suggest_columns
 from runner.recipe.data_section import DataSource
 from runner.text import format_count
 
-_EMPTY_PROMPT: Final = "kept, with a prompt that holds no text of the row"
-_EMPTY_ANSWER: Final = "kept, and only the end of the turn is trained as the answer"
+_EMPTY_PROMPT: Final = "an empty prompt, without any text of the row"
+_EMPTY_ANSWER: Final = "an empty answer, so only the end of the turn is trained"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Given:
 
 
 def refuse_empty_columns(given: Given, source: DataSource) -> None:
-    """Raises DataError if a column that the task needs is empty in all rows of a source that the
+    """Raise DataError if a column that the task needs is empty in all rows of a source that the
     task cannot read.
     """
     from runner.data.sources import load_rows
@@ -102,15 +102,11 @@ def count_empty(given: Given, examples: Mapping[str, Sequence[Example]]) -> list
         for name in list_placeholders(given.prompt or ""):
             if rows and all(is_empty(one.columns.get(name)) for one in rows):
                 raise _build_no_prompts(given, [name], len(rows), of_split)
-        for found, what, meaning in (
-            (prompts, "prompt", _EMPTY_PROMPT),
-            (answers, "answer", _EMPTY_ANSWER),
-        ):
+        for found, what in ((prompts, _EMPTY_PROMPT), (answers, _EMPTY_ANSWER)):
             if found:
                 counted = f"{len(found)} of {format_count(len(rows), 'row')}{of_split}"
                 verb = "is" if len(found) == 1 else "are"
-                first = f"the first is {found[0].where}"
-                notes.append(f"{counted} with an empty {what} {verb} {meaning}; {first}")
+                notes.append(f"{counted} {verb} kept with {what}; the first is {found[0].where}")
     return notes
 
 

@@ -276,7 +276,7 @@ def _build_labels(values: Sequence[Scalar]) -> tuple[str, ...]:
 
 
 def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
-    """Raises RunnerError, with the schema's own messages, for keys and values that the recipe
+    """Raise RunnerError, with the schema's own messages, for keys and values that the recipe
     `base_text` does not accept.
     """
     found = _try_values(axes, base_text)

@@ -209,11 +209,12 @@ def word_unrendered(templates_root: Path, grid: str, paths: Sequence[Path]) -> s
     """A note on the recipes among `paths` that the template now renders differently; None without
     any.
     """
+    changed = f"{templates_root / grid} or {templates_root / 'models'}"
     try:
         rendered = render_grid(templates_root, grid)
     except RunnerError:
         return (
-            f"{templates_root / grid} changed after rendering and can no longer be rendered:"
+            f"{changed} changed after rendering and can no longer be rendered:"
             f" `runner render {grid}` shows why; these recipes are the old ones"
         )
     drift = compare(rendered, paths[0].parent)
@@ -232,7 +233,7 @@ def word_unrendered(templates_root: Path, grid: str, paths: Sequence[Path]) -> s
         return None
     prune = " --prune" if stale else ""
     return (
-        f"{templates_root / grid} changed after rendering: {', '.join(found)};"
+        f"{changed} changed after rendering: {', '.join(found)};"
         f" `runner render {grid}{prune}` updates them"
     )
 

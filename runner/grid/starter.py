@@ -67,7 +67,7 @@ def list_stock_grids(stock_dir: Path) -> Mapping[str, str]:
 
 
 def require_stock_grid(stock_dir: Path, grid: str) -> None:
-    """Raises RunnerError, listing all stock grids, for a name that is not one of them."""
+    """Raise RunnerError, listing all stock grids, for a name that is not one of them."""
     titles = list_stock_grids(stock_dir)
     if grid not in titles:
         width = max(map(len, titles))
@@ -284,7 +284,7 @@ _NESTED: Final = re.compile(r"\{([^\W\d]\w*)[.\[][^{}]*\}")
 
 
 def _refuse_no_columns(prompt: str, completion: str, row: Mapping[str, Any]) -> None:
-    """Raises RunnerError if the answer is not a column, or if the prompt names a nested value or
+    """Raise RunnerError if the answer is not a column, or if the prompt names a nested value or
     a column that braces cannot hold.
     """
     if prompt not in row:

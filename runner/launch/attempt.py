@@ -92,7 +92,7 @@ class FailedElsewhere(Exception):
 
 def refuse_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
     """Refuse a run that failed, or that a user stopped, after it was planned. A run that was killed
-    or stopped together with its sweep may be resumed.
+    or stopped together with its sweep is not refused.
 
     The caller holds the lease, under which the facts were read.
 
@@ -147,7 +147,7 @@ class RunningAttempt:
         """True if the run has a newer checkpoint than before this attempt."""
         return _find_newest_step(self.paths) > self.first_step
 
-    def was_asked_to_exit(self) -> bool:
+    def was_asked_to_stop(self) -> bool:
         """True if someone asked this attempt to stop, so it is not retried automatically."""
         request = load_stop_request(self.paths)
         return self.stop_reason is not None or (
@@ -158,7 +158,7 @@ class RunningAttempt:
         """Ask it to checkpoint at the end of its step and exit, because its sweep exits. An earlier
         request by someone else applies to every sweep and is kept.
         """
-        if not self.was_asked_to_exit():
+        if not self.was_asked_to_stop():
             request_stop(self.paths, self.attempt.number, why, is_of_its_sweep=True)
 
     def kill(self, why: str) -> None:

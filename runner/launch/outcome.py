@@ -85,7 +85,7 @@ def print_failures(result: PoolResult) -> None:
 
 def print_stop(result: PoolResult, again: str) -> None:
     """Print the runs that a signal left undone, the step from which each resumes, and the command
-    that resumes them.
+    that runs them again.
     """
     if result.stopped_by is None:
         return

@@ -63,7 +63,7 @@ def run_planned(
 ) -> PoolResult:
     """Run everything; returns how the runs ended, and prints those that are not done.
 
-    `again` is the command that resumes them after a stop. `uses_workers` forks the runs that can
+    `again` is the command that runs the rest after a stop. `uses_workers` forks the runs that can
     be forked. `awaits_held` starts runs that another sweep holds once they are free. The models of
     the completed runs `to_push` are pushed meanwhile.
     """
@@ -168,9 +168,9 @@ class _Pool:
     def has_work(self) -> bool:
         """True while anything runs or still has to run."""
         is_any_left = bool(self.starting or self.active or self.later) or self.pushes.has_work()
-        return is_any_left or self.can_start()
+        return is_any_left or self.has_runs_to_start()
 
-    def can_start(self) -> bool:
+    def has_runs_to_start(self) -> bool:
         return bool(self.waiting or self.held) and not self.is_given_up()
 
     def is_given_up(self) -> bool:
@@ -199,7 +199,7 @@ class _Pool:
         """Start the next run if there is room; True if it is worth trying again immediately."""
         placement = (
             self.devices.take(self.waiting[0].num_processes)
-            if self.waiting and self.can_start()
+            if self.waiting and self.has_runs_to_start()
             else None
         )
         if placement is None:
@@ -222,7 +222,7 @@ class _Pool:
         self._begin(run, command, placement, worker)
         return True
 
-    def _start_on_worker(self, worker: Worker) -> None:
+    def _begin_after_imports(self, worker: Worker) -> None:
         """Start the run that waited for a worker, once its imports have ended or failed."""
         self.selector.unregister(worker)
         run, command, _, placement = self.starting.pop(worker.fileno())
@@ -338,12 +338,12 @@ class _Pool:
                 self.pushes.finish(key.fd)
             elif isinstance(key.data, Worker):
                 if not self.is_given_up():
-                    self._start_on_worker(key.data)
+                    self._begin_after_imports(key.data)
             else:
                 self.finish(key.fd)
         now = time.monotonic()
         for worker in [one for _, _, one, _ in self.starting.values() if one.is_overdue(now)]:
-            self._start_on_worker(worker)
+            self._begin_after_imports(worker)
         if self.is_given_up():
             self._end_starting()
         for watch in self.watches.values():
@@ -432,7 +432,7 @@ class _Pool:
         failures.append(failed.failure)
         has_made_steps = attempt is not None and attempt.has_made_steps()
         retry = None
-        if attempt is None or not attempt.was_asked_to_exit():
+        if attempt is None or not attempt.was_asked_to_stop():
             retry = decide_retry(
                 run.recipe,
                 failures,

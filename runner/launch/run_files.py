@@ -117,7 +117,7 @@ def refuse_unresumable(
     `recipe.json` still has the previous launch settings.
 
     Raises:
-        RefusedError: the launch differs; lists the differences and the ways out.
+        RefusedError: the launch differs; lists the differences and the alternatives.
     """
     stored = facts.stored
     if stored is None:  # a new run

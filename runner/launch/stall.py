@@ -108,11 +108,11 @@ class StallWatch:
 
     def look(self, now: float) -> None:
         """Record signs of life, and act if there are none."""
-        is_alive = self.silence.look(now, look_at_sign(self.files.progress_path))
+        has_sign_of_life = self.silence.look(now, look_at_sign(self.files.progress_path))
         if self._is_over:
             return
         if self._to_ask is not None:
-            if is_alive:
+            if has_sign_of_life:
                 self._to_ask = None
                 self._note("there is a sign of life again; the attempt continues")
             else:

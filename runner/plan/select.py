@@ -163,7 +163,7 @@ def _narrow(
 
 
 def require_any(selected: Sequence[Selected], unreadable: Sequence[UnreadableRun]) -> None:
-    """Raises CorruptFileError if all selected runs are unreadable."""
+    """Raise CorruptFileError if all selected runs are unreadable."""
     if unreadable and not selected:
         first, num_others = unreadable[0], len(unreadable) - 1
         more = f"; likewise {num_others} more" if num_others else ""
@@ -415,7 +415,7 @@ def is_value(text: str, value: Any) -> bool:
 
 
 def label_value(value: object) -> str:
-    """Returns an axis value as a user types it on a command line, and as YAML has it.
+    """An axis value as a user types it on a command line, and as YAML has it.
 
     >>> label_value(True), label_value(None), label_value(1e-3)
     ('true', 'null', '0.001')

@@ -90,7 +90,7 @@ class Explanation:
     choice: Choice
     remote_url: str | None  # searched for checkpoints if the run has none
     files: str | None = None  # of a completed run: the state of its recorded files
-    remedy: str | None = None  # of a damaged run: the remedy
+    remedy: str | None = None  # the hint for a damaged run
 
     def as_json(self) -> dict[str, Any]:
         """For scripts: `next` is the action of `runner launch`, `start_step` the step where it

@@ -386,7 +386,7 @@ def _find_repeated_texts(facts: Mapping[str, Sequence[RowFacts]]) -> Iterator[st
     if len(train) > 1 and len({row.answers_hash for row in train}) == 1:
         yield (
             f"all {len(train)} train rows have the same answer, the first is {train[0].where};"
-            " is it the column of the answers?"
+            " do they come from the right column?"
         )
     whole = {row.ids_hash for row in train}
     prompts = {row.prompt_hash for row in train}

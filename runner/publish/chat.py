@@ -42,14 +42,14 @@ def chat(
     """Answer one prompt, or every line typed in the terminal until the user quits."""
     quieten()
     with open_tuned_run(run_dir, checkpoint) as run:
-        encoder = ChatEncoder(run.load_tokenizer(), max_new_tokens)
+        responder = Responder(run.load_tokenizer(), max_new_tokens)
         opening = [] if system is None else [{"role": "system", "content": system}]
         # If the template refuses, it does so before the model is loaded.
-        encoder.encode([*opening, {"role": "user", "content": "?"}])
+        responder.encode([*opening, {"role": "user", "content": "?"}])
         print(f"loading {run.weights_dir}", file=sys.stderr, flush=True)
-        speakers = load_speakers(run, encoder, with_base=with_base)
+        speakers = load_speakers(run, responder, with_base=with_base)
     conversations = [
-        Conversation(speaker, encoder, opening, shows_label=with_base) for speaker in speakers
+        Conversation(speaker, responder, opening, shows_label=with_base) for speaker in speakers
     ]
     if prompt is not None:
         for conversation in conversations:
@@ -70,10 +70,10 @@ class Speaker:
     device: torch.device
 
 
-def load_speakers(run: TunedRun, encoder: ChatEncoder, *, with_base: bool) -> list[Speaker]:
+def load_speakers(run: TunedRun, responder: Responder, *, with_base: bool) -> list[Speaker]:
     """The base model if requested, then the tuned model."""
     recipe = run.recipe
-    tuned = _to_device(load_tuned_model(recipe, encoder.tokenizer, run.weights_dir), recipe)
+    tuned = _to_device(load_tuned_model(recipe, responder.tokenizer, run.weights_dir), recipe)
     speakers = [Speaker("tuned", tuned.generate, tuned.device)]
     if with_base and recipe.adapter.method == "lora":
 
@@ -83,7 +83,7 @@ def load_speakers(run: TunedRun, encoder: ChatEncoder, *, with_base: bool) -> li
 
         speakers.insert(0, Speaker("base", generate_without_adapter, tuned.device))
     elif with_base:
-        base = _to_device(load_model(recipe, encoder.tokenizer).eval(), recipe)
+        base = _to_device(load_model(recipe, responder.tokenizer).eval(), recipe)
         speakers.insert(0, Speaker("base", base.generate, base.device))
     return speakers
 
@@ -97,10 +97,8 @@ def _to_device(model: Any, recipe: Recipe) -> Any:
     )
 
 
-class ChatEncoder:
-    """The encoding of a conversation for the models: the tokens of the chat template, and the end
-    of an answer.
-    """
+class Responder:
+    """Encodes a conversation with the chat template, and lets a model answer it."""
 
     def __init__(self, tokenizer: Any, max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -186,7 +184,7 @@ class Conversation:
     """One model's side of the chat; each model remembers its own answers."""
 
     speaker: Speaker
-    encoder: ChatEncoder
+    responder: Responder
     opening: list[dict[str, str]]
     shows_label: bool
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -203,7 +201,7 @@ class Conversation:
         with _catching_interrupts() as interrupted:
             if self.shows_label:
                 print(f"{self.speaker.label}: ", end="", flush=True)
-            answer = self.encoder.answer(self.speaker, [*self.opening, *asked], interrupted)
+            answer = self.responder.answer(self.speaker, [*self.opening, *asked], interrupted)
             print(flush=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return not interrupted.is_set()

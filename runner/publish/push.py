@@ -88,7 +88,7 @@ class HubTarget:
         if (owner := find_placeholder(repo_id)) is not None:
             raise RefusedError(
                 f"`{owner}` in {repo_id} is a placeholder",
-                hint="name the repository, with your own name or organisation: --push OWNER/NAME",
+                hint="name the repository, with your own name or organization: --push OWNER/NAME",
             )
         if not token:
             raise RefusedError(
@@ -106,8 +106,8 @@ class Commit:
 
 
 def push_files(files: Files, target: HubTarget, message: str) -> Commit:
-    """The commit that holds the files and no other weights; the repository's newest one if it
-    already holds them.
+    """Push the files. Return the commit that holds them and no other weights; the repository's
+    newest one if it already holds them.
 
     Raises:
         PushError: the hub refuses, cannot be reached, or has a public repository under a name that

@@ -172,7 +172,7 @@ _NEEDS_SWITCHING: Final = (
     "scores and saves other weights than it trains, and the runner's evaluation does not switch"
     " to them"
 )
-# Values that the libraries accept and that cannot work under our trainer, with the reason.
+# Values that the libraries accept and that cannot work in training, with the reason.
 REFUSED_VALUES: Final[dict[str, dict[str, str]]] = {
     "lr_scheduler_type": dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _NEEDS_EVALUATION),
     "optim": {
@@ -301,7 +301,7 @@ def build_field_definitions(
 
 
 def _refuse_value(name: str, value: Any, info: ValidationInfo) -> Any:
-    """The value, or a ValueError if it cannot work under our trainer."""
+    """The value. Raises: ValueError, if it cannot work in training."""
     if is_stored(info):
         return value
     reasons = REFUSED_VALUES.get(name, {})

@@ -266,7 +266,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file; errors in a generated recipe point to its template.
 
     Raises:
-        RecipeError: all problems at once.
+        RecipeError: all problems together.
         RunnerError: the file looks like rows.
     """
     hint = None
@@ -312,7 +312,7 @@ def parse_recipe(
     """The recipe that a YAML text and OmegaConf dotlist overrides describe.
 
     Raises:
-        RecipeError: all problems at once, with lines and dotted keys.
+        RecipeError: all problems together, with lines and dotted keys.
     """
     return parse_yaml(text, Recipe, where=where, overrides=overrides, hint=hint)
 
@@ -332,7 +332,7 @@ def read_yaml(
     """The typed object that a YAML file describes, with overrides applied.
 
     Raises:
-        RecipeError: all problems at once, with lines and dotted keys.
+        RecipeError: all problems together, with lines and dotted keys.
     """
     try:
         content = read_plain(path, _MAX_READ_BYTES)

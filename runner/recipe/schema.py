@@ -96,7 +96,7 @@ class PassThrough(Section):
         return frozenset(declared)
 
     def hugging_face_arguments(self) -> dict[str, Any]:
-        """Return the generated fields that the recipe states, as plain JSON values."""
+        """The generated fields that the recipe states, as plain JSON values."""
         dumped = self.model_dump(mode="json")
         return {
             name: value
@@ -295,7 +295,7 @@ class LoraBase(PassThrough):
     )
 
     def lora_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `peft.LoraConfig`."""
+        """The arguments of `peft.LoraConfig`."""
         dumped = self.model_dump(mode="json")
         del dumped["method"]
         return dumped

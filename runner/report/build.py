@@ -16,7 +16,7 @@ from runner.report.cells import (
     Matches,
     build_cells,
     find_seed_axis,
-    find_unreplicated,
+    find_seed_warnings,
     match_cells,
     split_variants,
 )
@@ -104,7 +104,7 @@ def _find_warnings(
             warnings.append(f"{grid.why_exploratory}: {name_some(grid.absent)}")
         if grid.variants:
             warnings.append(_describe_variants(grid.variants))
-        warnings += find_unreplicated(grid.rows)
+        warnings += find_seed_warnings(grid.rows)
         warnings += find_undeclarable(grid.declared, grid.rows, known, grid.name)
     return [*warnings, *find_other_scales(rows), *find_not_recorded(rows)]
 

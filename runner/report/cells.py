@@ -34,7 +34,7 @@ def split_variants(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[Rep
     return planned, [row for row in rows if row.recipe.run.overrides]
 
 
-def find_unreplicated(rows: Sequence[ReportRow]) -> list[str]:
+def find_seed_warnings(rows: Sequence[ReportRow]) -> list[str]:
     """Warnings about an axis called `seed`, or values of the seed axis, that do not
     replicate runs."""
     seed_axis = find_seed_axis(rows)

@@ -102,7 +102,7 @@ def write_entry(
     parts: Mapping[str, Any],
     producer: Mapping[str, Any],
 ) -> Entry:
-    """The entry with the files that `write` puts into the folder it is called with; only for the
+    """Write and return the entry with the files that `write` puts into its folder; only for the
     holder of the lock. The entry's name is the hash of `parts`.
 
     Raises:

@@ -113,7 +113,7 @@ def is_leased(path: Path) -> bool:
         return False
 
 
-ATTEMPT_VARIABLE: Final = "RUNNER_ATTEMPT"  # tells the ranks which attempt they belong to
+ATTEMPT_VARIABLE: Final = "RUNNER_ATTEMPT"  # the attempt that the ranks belong to
 
 
 def hold_launcher_lock(files: AttemptPaths) -> Lease:

@@ -251,7 +251,7 @@ def recipe_cache_path(output_root: Path) -> Path:
 
 
 def list_recipe_caches(output_root: Path) -> list[Path]:
-    """That file, if it exists, and its leftovers from processes that were killed."""
+    """The cache of recipes, if it exists, and its leftovers from processes that were killed."""
     path = recipe_cache_path(output_root)
     return [*output_root.glob(path.name), *output_root.glob(f".{path.name}.*.tmp")]
 

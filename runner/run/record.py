@@ -176,7 +176,7 @@ class BaseSource(Fact):
     why: Shown | None = None  # why they were neither reused from another run nor kept
 
     def describe(self) -> str:
-        """For people: the log and `runner why`.
+        """A phrase for the log and `runner why`.
 
         >>> BaseSource(source="own", is_kept=True).describe()
         'computed here and kept for others'

@@ -92,15 +92,15 @@ class RunContext:
             raise RefusedError(
                 f"{paths.recipe_path} differs from what this version of the runner would train:"
                 f"\n{shown}",
-                hint="start the run with `runner launch`, which lists the ways out",
+                hint="start the run with `runner launch`, which lists the alternatives",
             )
         output_root = find_output_root(run_dir)
         allow = suggest_allowing([str(run_dir)], output_root)
         recipe = load_code(stored.pinned, output_root, allow, stored.contents)
         if place.world_size != attempt.num_processes:
             raise RefusedError(
-                f"{format_count(place.world_size, 'process')} started this attempt,"
-                f" {attempt.num_processes} were requested",
+                f"this attempt has {format_count(place.world_size, 'process')},"
+                f" expected {attempt.num_processes}",
                 hint=(
                     f"check that {recipe.launch.accelerate_config} starts several processes; "
                     "accelerate_configs/cpu.yaml and single_gpu.yaml start one"

@@ -149,9 +149,9 @@ def _agree_on_first(asked_by: str | None, device: Any) -> str | None:
     flags = gather(torch.tensor([asked_by is not None], dtype=torch.int32, device=device)).tolist()
     if not any(flags):
         return None
-    box = [asked_by]
-    broadcast_object_list(box, from_process=flags.index(1))
-    return box[0]
+    shared = [asked_by]
+    broadcast_object_list(shared, from_process=flags.index(1))
+    return shared[0]
 
 
 def _stay(number: int, frame: FrameType | None) -> None:

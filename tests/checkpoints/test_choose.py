@@ -238,7 +238,7 @@ def contents(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
 def decide(
     paths: RunPaths, wanted: Wanted = "auto", *, has_run_out_of_memory: bool = False, **changed: Any
 ) -> Choice:
-    """The choice, with every byte of every checkpoint read; archives are unpacked next to it."""
+    """The choice, with every byte of every checkpoint read; archives are unpacked elsewhere."""
     scratch_dir = paths.run_dir.with_name("scratch")
     policy = Policy(
         Verification(paths, LIMITS, scratch_dir),

@@ -200,7 +200,7 @@ def test_rerun_counts_what_was_never_started(
     capsys.readouterr()
     assert main(["rerun", "recipes/toy", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "skip    3 runs were never started (`rerun` only resumes started runs)\n" in said
+    assert "skip    3 runs were never started (`rerun` runs only those that were started)\n" in said
     assert "toy/b" not in said and said.count("never started") == 1
 
 

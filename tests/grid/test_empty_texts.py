@@ -100,13 +100,13 @@ def test_rows_without_any_prompt_or_answer_are_refused(
     [
         (
             [{"question": QUESTION, "answer": text} for text in ("", "So.", "So.", "So.")],
-            "3 of 12 rows with an empty answer are kept, and only the end of the turn is trained as"
-            " the answer; the first is rows.jsonl line 1",
+            "3 of 12 rows are kept with an empty answer, so only the end of the turn is trained;"
+            " the first is rows.jsonl line 1",
         ),
         (
             [{"question": QUESTION, "answer": "So."}] * 11 + [{"question": "", "answer": "So."}],
-            "1 of 12 rows with an empty prompt is kept, with a prompt that holds no text of the"
-            " row; the first is rows.jsonl line 12",
+            "1 of 12 rows is kept with an empty prompt, without any text of the row; the first is"
+            " rows.jsonl line 12",
         ),
         ([{"instruction": QUESTION, "input": "", "output": "So."}], None),
     ],

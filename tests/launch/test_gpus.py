@@ -170,7 +170,7 @@ def test_an_outer_choice_of_gpus_holds(bin_dir: Path) -> None:
     assert choose(bin_dir, "1", visible="1,2") == ["1"]
     assert choose(bin_dir, GPU_1, visible="1") == [GPU_1]
     assert choose(bin_dir, "1", visible=GPU_1[:16]) == ["1"]
-    assert choose(bin_dir, MIG_1, visible="2") == [MIG_1], "a part of the output"
+    assert choose(bin_dir, MIG_1, visible="2") == [MIG_1], "a part of a visible GPU"
     assert choose(bin_dir, None, visible="1,2") == ["1", MIG_0, MIG_1]
     error = refuse(bin_dir, "0", visible="1,2")
     assert "`CUDA_VISIBLE_DEVICES=1,2` is set here and hides 0" in error.message

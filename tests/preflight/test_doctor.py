@@ -125,12 +125,12 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("case", CANNOT)
-def test_what_a_recipe_lacks_is_said_with_what_mends_it(here: Project, case: str) -> None:
-    changes, machine, what, mends = CANNOT[case]
+def test_a_missing_requirement_is_reported_with_its_fix(here: Project, case: str) -> None:
+    changes, machine, what, fix = CANNOT[case]
     found = lacks(here.recipe(*changes), machine)
     assert len(found) == 1, found
     assert what in found[0][0] and found[0][0].endswith(")")
-    assert found[0][1] is not None and mends in found[0][1]
+    assert found[0][1] is not None and fix in found[0][1]
     assert "RECIPE" not in found[0][1], "the hint names a recipe that is there"
 
 

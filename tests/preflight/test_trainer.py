@@ -227,7 +227,7 @@ def test_runs_that_share_a_mistake_share_its_error_whatever_else_differs() -> No
     ]
 
 
-def test_where_each_of_two_keys_would_mend_it_both_are_named() -> None:
+def test_if_each_of_two_keys_would_fix_it_both_are_named() -> None:
     (error,) = errors_of(
         "training.lr_scheduler_type=polynomial",
         "training.lr_scheduler_kwargs={lr_end: 1e-5}",

@@ -180,7 +180,7 @@ def test_what_another_version_of_a_library_writes_besides_is_left_out(
     assert find(paths) == {} and not (paths.model_dir / "new.json").exists()
 
 
-def test_a_model_is_mended_file_by_file(paths: RunPaths) -> None:
+def test_a_model_is_restored_file_by_file(paths: RunPaths) -> None:
     files = load(paths).files or {}
     for damage in ("zeroed", "cut", "missing"):
         DAMAGES[damage](paths.model_dir / "adapter_model.safetensors")
@@ -215,7 +215,7 @@ restore_model_files(paths, files)
 """
 
 
-def test_a_kill_at_any_instant_of_mending_leaves_no_file_worse(paths: RunPaths) -> None:
+def test_a_kill_at_any_instant_of_restoring_leaves_no_file_worse(paths: RunPaths) -> None:
     number, codes = 0, [-signal.SIGKILL]
     while codes[-1] == -signal.SIGKILL:
         number += 1

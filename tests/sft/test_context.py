@@ -64,7 +64,7 @@ def test_seconds_of_a_phase_are_without_those_of_phases_within_it(project: Proje
             with context.phase("generating"):
                 spend(0.05)
             assert now().phase == "evaluating"
-        assert now().phase == "training", "and no process that has ended"
+        assert now().phase == "training", "not a phase that has ended"
         context.report_progress(Progress(phase="training", step=3), is_forced=True)
         assert (now().phase, now().step) == ("training", 3)
         with context.phase("saving"):

@@ -119,7 +119,7 @@ def load(*overrides: str) -> Recipe:
     return parse_recipe(TEXT, where="r.yaml", overrides=overrides)
 
 
-def test_a_plain_run_of_one_process_may_leave_at_once() -> None:
+def test_a_plain_run_of_one_process_may_exit_immediately() -> None:
     if sys.gettrace() is None and "coverage" not in sys.modules:
         assert may_exit_immediately(load(), WorldPlace())
     assert not may_exit_immediately(load(), WorldPlace(world_size=2))

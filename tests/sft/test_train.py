@@ -203,12 +203,12 @@ def test_a_wrong_number_of_processes_is_a_configuration_failure(finished: Projec
     failure = load_json(paths.attempt(1).failure_path())
     assert result.returncode == 10 and failure["kind"] == "configuration"
     assert (
-        "1 processes were started, 2 were requested" in failure["message"]
+        "this attempt has 1 process, expected 2" in failure["message"]
         and "cpu.yaml" in failure["message"]
     )
     status = finished.cli("status", str(paths.run_dir), "--json")
     assert [row["failure"]["kind"] for row in json.loads(status.stdout)] == ["configuration"]
-    assert "1 processes were started" in finished.cli("status", str(paths.run_dir)).stdout
+    assert "this attempt has 1 process" in finished.cli("status", str(paths.run_dir)).stdout
 
 
 def test_divergence_is_named_and_never_committed(finished: Project) -> None:

@@ -143,7 +143,7 @@ class Task(Section):
     RECOGNISED_BY: ClassVar[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = ()
     # Columns of the task's own data set that are not part of a row's content.
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ()
-    # Its priority if several tasks recognise a row: the lowest number is proposed.
+    # Its priority if several tasks recognize a row: the lowest number is proposed.
     RECOGNITION_ORDER: ClassVar[int] = 100
 
     name: str
