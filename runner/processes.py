@@ -177,6 +177,32 @@ def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
     return len(killed)
 
 
+def has_ending_processes() -> bool:
+    """True if a process of this user on this machine is ending: it may still have files open, but
+    neither its environment nor, to a user other than root, its files can be read.
+    """
+    return any(_is_ending(process) for process in Path("/proc").glob("[0-9]*"))
+
+
+def _is_ending(process: Path) -> bool:
+    states = []
+    try:
+        if process.stat().st_uid != os.geteuid():
+            return False
+        for thread in (process / "task").iterdir():
+            # The last thread returns the memory; the others have already ended.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                states.append((thread / "stat").read_text().rpartition(") ")[2].split())
+    except OSError:  # it has ended
+        return False
+    is_exiting = any(int(state[_FLAGS]) & _PF_EXITING for state in states)
+    return is_exiting and any(state[0] not in "ZX" for state in states)
+
+
+_FLAGS: Final = 6  # of the fields of `/proc/PID/stat` after the name
+_PF_EXITING: Final = 0x4  # Linux `include/linux/sched.h`
+
+
 def find_processes_of(is_meant: Callable[[str], bool]) -> list[int]:
     """The ids of the processes on this machine whose attempt `is_meant`, ascending."""
     found = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]

@@ -159,17 +159,24 @@ class Project:
         """The same in this process. `runner check` imports torch, which takes a new process
         seconds.
         """
+        import huggingface_hub.constants  # reads the variable once, outside of this call
+
         words, out, err = [str(one) for one in arguments], StringIO(), StringIO()
-        with (
-            chdir(self.root),
-            patch.dict(os.environ),
-            warnings.catch_warnings(),
-            redirect_stdout(out),
-            redirect_stderr(err),
-        ):
-            code = main(words)
-        if sys.modules.get("wandb", self) is None:
-            del sys.modules["wandb"]  # `check` hides it until its process ends
+        is_hidden = sys.modules.get("wandb", self) is None
+        try:
+            with (
+                chdir(self.root),
+                patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
+                patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+                warnings.catch_warnings(),
+                redirect_stdout(out),
+                redirect_stderr(err),
+            ):
+                code = main(words)
+        finally:
+            # `check` hides it until its process ends.
+            if not is_hidden and sys.modules.get("wandb", self) is None:
+                del sys.modules["wandb"]
         return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 

@@ -33,7 +33,12 @@ from runner.launch.run_files import (
 from runner.launch.worker import ForkedProcess, Worker
 from runner.plan.decide import Launch
 from runner.plan.status import find_divisor
-from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
+from runner.processes import (
+    OWNER_VARIABLE,
+    die_with_parent,
+    has_ending_processes,
+    kill_processes_of,
+)
 from runner.recipe.contents import list_changed
 from runner.recipe.identity import (
     forget_versions,
@@ -59,7 +64,6 @@ from runner.run.record import (
     RunRecord,
     load_failure,
     load_progress,
-    load_record,
     load_stop_request,
     write_record,
 )
@@ -206,13 +210,13 @@ class RunningAttempt:
 
         A killed process first returns its memory, which takes seconds for many GiB, and then closes
         its files. Its environment is unreadable meanwhile, so `kill_processes_of` does not find it.
+        Nobody waits here for another sweep that has already acquired the lease.
         """
         deadline = time.monotonic() + _ENDING_SECONDS
         with contextlib.suppress(OSError, CorruptFileError):  # the next attempt reports it
-            while is_leased(self.paths.lease_path) and time.monotonic() < deadline:
-                attempts = load_record(self.paths).attempts
-                if not attempts or f"{name_owner(self.paths)}:{attempts[-1].number}" != self.owner:
-                    break  # another process has already started the next attempt
+            while is_leased(self.paths.lease_path) and has_ending_processes():
+                if time.monotonic() > deadline:
+                    break
                 time.sleep(_LOOK_SECONDS)
 
     def _describe_sharing(self, failure: Failure) -> str:

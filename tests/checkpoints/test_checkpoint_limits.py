@@ -83,8 +83,8 @@ def test_a_run_killed_while_it_archives_strips_and_prunes_ends_with_the_same_byt
 def test_an_empty_machine_continues_from_a_bucket_and_ends_with_the_same_bytes(
     finished: Project,
 ) -> None:
-    """Killed when all had arrived, its directory lost; then once more from an archive that somebody
-    had saved.
+    """Killed when all had arrived, its directory lost; then once more from the last archive, which
+    somebody had saved, under other limits.
     """
     with s3_server("sft") as options:
         remote = {"url": "s3://sft/checkpoints", "options": options, "num_retries": 1, "load": True}
@@ -107,14 +107,15 @@ def test_an_empty_machine_continues_from_a_bucket_and_ends_with_the_same_bytes(
         assert (status["state"], status["pending_uploads"]) == ("completed", [])
     saved = finished.root / "saved" / "backup.zip"
     saved.parent.mkdir()
-    shutil.copy(lost.archive_path(12), saved)
+    shutil.copy(lost.archive_path(15), saved)
     archive_bytes = paths.archive_path(15).read_bytes()
     shutil.rmtree(paths.run_dir)
+    arguments = ("launch", "recipe.yaml", *LORA, "checkpoints.keep_latest=9", "--name", name)
     with umask_of(0o027):
-        done = finished.cli("launch", "recipe.yaml", *LORA, "--name", name, "--resume", saved)
+        done = finished.cli(*arguments, "--resume", saved)
     assert done.returncode == 0, f"{done.stderr}\n{read_log(paths)}"
-    assert list_committed(paths) == [12, 15] and list_other_modes(paths.run_dir, 0o027) == {}
-    assert read_attempts(paths)[0]["resume"] == str(saved) and "resuming from step 12" in read_log(
+    assert list_committed(paths) == [15] and list_other_modes(paths.run_dir, 0o027) == {}
+    assert read_attempts(paths)[0]["resume"] == str(saved) and "resuming from step 15" in read_log(
         paths
     )
     assert_same_outputs(paths, finished.paths("gemma-lora"))

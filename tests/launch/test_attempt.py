@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -224,15 +225,31 @@ def test_what_an_attempt_leaves_in_other_sessions_is_ended_with_it(
 def test_the_lease_is_free_once_an_attempt_has_finished(
     fake: FakeLauncher, started: list[RunningAttempt]
 ) -> None:
-    """Though a killed trainer that returns many GiB has no environment any more, and still its
+    """A killed process returns its memory first, for which time it has no environment and still its
     files.
     """
-    fake.add("a", told="leave unknown")
+    fake.add("a", told="die")
     attempt = start(fake, started)
     assert attempt is not None
     fake.next_started()
     assert attempt.finish() is None
     assert not is_leased(attempt.paths.lease_path)
+
+
+def test_nobody_waits_for_another_holder_of_the_lease(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    """For example, another sweep acquires it as soon as the attempt releases it."""
+    fake.add("a", told="leave unknown")
+    attempt = start(fake, started)
+    assert attempt is not None
+    holder = fake.next_started()[1]
+    attempt.process.wait()
+    began = time.monotonic()
+    assert attempt.finish() is None
+    seconds = time.monotonic() - began
+    assert is_leased(attempt.paths.lease_path) and seconds < 10, "a third of the longest wait"
+    os.kill(holder, signal.SIGKILL)
 
 
 def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(

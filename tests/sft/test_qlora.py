@@ -40,13 +40,22 @@ QLORA = (
     "training.optim=paged_adamw_8bit",
     "adapter.lora_dropout=0.1",
 )
+OTHER_OPTIMIZER = (
+    *(one for one in QLORA if "optim" not in one),
+    "training.optim=paged_adamw_32bit",
+    "training.max_grad_norm=0.3",
+)
 
 
 @pytest.fixture(scope="session")
 def qlora(workplace: Project) -> RunPaths:
-    """A QLoRA run, uninterrupted."""
+    """A QLoRA run, uninterrupted. The same worker forks one with the other optimizer."""
     workplace.add_model("llama")
-    return launch(workplace, "qlora", *QLORA)
+    workplace.write_recipe("qlora/qlora.yaml", *QLORA)
+    workplace.write_recipe("qlora/qlora-32bit.yaml", *OTHER_OPTIMIZER)
+    done = workplace.cli("sweep", "qlora")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workplace.paths("qlora")
 
 
 @pytest.fixture
@@ -151,16 +160,8 @@ def test_qlora_resumes_exactly(workplace: Project, qlora: RunPaths) -> None:
     assert_same_outputs(paths, qlora)
 
 
-@pytest.mark.torture  # the experiment `oasst_phi2` trains with it
 @pytest.mark.slow
 def test_other_paged_optimizer(workplace: Project, qlora: RunPaths) -> None:
-    paths = launch(
-        workplace,
-        "qlora-32bit",
-        *QLORA,
-        "training.optim=paged_adamw_32bit",
-        "training.max_grad_norm=0.3",
-    )
-    result = read_result(paths)
+    result = read_result(workplace.paths("qlora-32bit"))
     assert result.best_metric < result.base["validation"].nll_per_completion_token - 0.02
     assert result.base == read_result(qlora).base

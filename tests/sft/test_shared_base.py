@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,7 @@ import pytest
 from runner.run.base_scores import find_other_base_scores
 from runner.run.paths import RunPaths, find_output_root
 from runner.run.record import BaseSource, load_base_source
-from tests.conftest import RUNNER, Project, build_environment
+from tests.conftest import RUNNER, Project, build_environment, make_project
 from tests.support.faulty_runs import launch_faulty, make_fault
 from tests.support.training_runs import (
     assert_same_outputs,
@@ -38,6 +39,12 @@ SHORT: Final = (
     "adapter.lora_dropout=0.1",
 )
 FULL: Final = (*(one for one in SHORT if "lora" not in one), "adapter={method: none}")
+RECIPES: Final = {
+    "lora": SHORT,
+    "lora-full": (*SHORT, "loss=full"),
+    "tuned": FULL,
+    "tuned-full": (*FULL, "loss=full"),
+}
 
 
 def read_source(paths: RunPaths, attempt: int = 1) -> BaseSource:
@@ -64,22 +71,29 @@ def read_all(paths: RunPaths) -> dict[str, bytes]:
     }
 
 
-def test_a_run_leaves_the_same_bytes_whoever_scored_its_base(project: Project) -> None:
-    """LoRA and full, of two losses each: with its own scores, forked, and started alone."""
+@pytest.fixture(scope="module")
+def scored(
+    tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
+) -> Project:
+    """A project with the runs of `RECIPES` in `own`, each with its own scores, and in `shared`."""
+    project = make_project(tmp_path_factory.mktemp("scored"), data_path, tiny_model)
     project.add_model()
-    recipes = {
-        "lora": project.write_recipe("recipes/lora.yaml", *SHORT),
-        "lora-full": project.write_recipe("recipes/lora-full.yaml", *SHORT, "loss=full"),
-        "tuned": project.write_recipe("recipes/tuned.yaml", *FULL),
-        "tuned-full": project.write_recipe("recipes/tuned-full.yaml", *FULL, "loss=full"),
-    }
+    for name, overrides in RECIPES.items():
+        project.write_recipe(f"recipes/{name}.yaml", *overrides)
+    for root, asked in (("own", ["--own-base"]), ("shared", [])):
+        done = project.cli("sweep", "recipes", "--output-root", root, *asked)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return project
+
+
+def test_a_run_leaves_the_same_bytes_whoever_scored_its_base(scored: Project) -> None:
+    """LoRA and full, of two losses each: with its own scores, forked, and started alone."""
+    project = scored
+    recipes = {name: project.root / "recipes" / f"{name}.yaml" for name in RECIPES}
 
     def paths(root: str, name: str) -> RunPaths:
         return RunPaths(project.root / root / "tests" / name)
 
-    for root, asked in (("own", ["--own-base"]), ("shared", [])):
-        done = project.cli("sweep", "recipes", "--output-root", root, *asked)
-        assert done.returncode == 0, done.stdout + done.stderr
     cold = project.cli("launch", recipes["lora-full"], "--name", "cold", "--output-root", "shared")
     assert cold.returncode == 0, cold.stderr
     assert not (project.root / "own" / ".base").exists()
@@ -101,20 +115,23 @@ def test_a_run_leaves_the_same_bytes_whoever_scored_its_base(project: Project) -
 
 
 def test_a_kill_and_a_full_disk_while_an_entry_is_written_cost_the_entry_only(
-    project: Project,
+    scored: Project,
 ) -> None:
-    project.add_model()
+    """The attempt after them keeps one."""
+    project, reference = scored, RunPaths(scored.root / "own" / "tests" / "lora")
+    full = (errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fault = make_fault("open", "/answers.json", "builtins.OSError", *full)
+    done = launch_faulty(project, "full", *SHORT, faults=[fault])
+    assert done.returncode == 0, done.stderr
+    paths = project.paths("full")
+    assert "No space left" in str(read_source(paths).why) and list_entries(paths) == []
+    assert_same_outputs(paths, reference)
     killed = launch_killed_at(project, "killed", *SHORT, event="open", path="/answers.json")
     assert list_entries(killed) == []
     assert list((project.root / "runs" / ".base").glob(".*.tmp")) != []
-    full = (errno.ENOSPC, os.strerror(errno.ENOSPC))
-    fault = make_fault("open", "/answers.json", "builtins.OSError", *full)
-    done = launch_faulty(project, "killed", *SHORT, faults=[fault])
-    assert done.returncode == 0, done.stderr
-    assert "No space left" in str(read_source(killed, 2).why) and list_entries(killed) == []
-    after = launch(project, "after", *SHORT)
-    assert_same_outputs(after, killed)
-    assert read_source(after).is_kept and len(list_entries(after)) == 1
+    launch(project, "killed", *SHORT)
+    assert_same_outputs(killed, reference)
+    assert read_source(killed, 2).is_kept and len(list_entries(killed)) == 1
     assert list((project.root / "runs" / ".base").glob(".*.tmp")) == []
 
 

@@ -68,10 +68,15 @@ def test_runs_with_and_without_an_entry_end_with_the_same_bytes(project: Project
     launch_killed_at(project, "killed", *SHORT, event="os.rename", path="COMMITTED.json", number=2)
     assert "masked 5,026 rows in" in read_log(paths)
     assert list_kinds(project) == ["entry"]
-    launch(project, "killed", *SHORT)
-    log = read_log(paths)
-    assert "rows were masked by tests/killed, attempt 2," in log and "resuming from" in log
-    assert_same_outputs(paths, reference)
+    for name in ("killed", "other"):
+        project.write_recipe(f"recipes/{name}.yaml", *SHORT)
+    done = project.cli("sweep", "recipes")  # one worker forks both
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in read_log(paths)
+    for name in ("killed", "other"):
+        log = read_log(project.paths(name))
+        assert "rows were masked by tests/killed, attempt 2," in log
+        assert_same_outputs(project.paths(name), reference)
 
 
 @pytest.mark.slow

@@ -141,6 +141,22 @@ HANGING_RANK = (
     "in_a_collective()"
 )
 
+FULL_OF_MEMORY = (  # small pages, which take the longest to return
+    "import mmap, time\\n"
+    "memory = mmap.mmap(-1, 2**30)\\n"
+    "memory.madvise(mmap.MADV_NOHUGEPAGE)\\n"
+    "for start in range(0, 2**30, 4096): memory[start] = 1\\n"
+    "print(flush=True)\\n"
+    "time.sleep(1000)"
+)
+
+
+def has_environment(pid):
+    try:
+        return (Path("/proc") / str(pid) / "environ").read_bytes() != b""
+    except OSError:
+        return False
+
 
 def never_ends():
     while True:
@@ -234,10 +250,19 @@ elif verb == "obey":  # the stop file, as training does; with words, it complete
         failure = dict(kind="preempted", message=message)
         write_whole(run_dir / "attempts" / str(number) / "failure.json", failure)
 elif verb == "leave":  # a process of its group that outlives it, or one that nobody finds
-    seconds, known = ("2", dict(env={{}})) if words == "unknown" else ("1000", {{}})
-    child = subprocess.Popen(["/bin/sleep", seconds], start_new_session=words != "", **known)
+    known = dict(env={{}}) if words == "unknown" else {{}}
+    child = subprocess.Popen(["/bin/sleep", "1000"], start_new_session=words != "", **known)
     tell_started(child.pid)
     complete(digest)
+elif verb == "die":  # while another process still returns its memory
+    child = subprocess.Popen([sys.executable, "-IS", "-c", FULL_OF_MEMORY], stdout=subprocess.PIPE)
+    child.stdout.read(1)
+    tell_started(child.pid)
+    complete(digest)
+    child.kill()
+    while has_environment(child.pid):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 elif verb == "fail":
     kind, _, message = words.partition(" ")
     failure = dict(kind=kind, message=message)
