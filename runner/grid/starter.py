@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -193,18 +194,25 @@ def _build_examples(
     """The examples of each split, and the names that the recipe must ignore. Raises: DataError,
     also if such a name has a known meaning, because only the user may leave that out.
     """
+    from runner.data.draw import ignore_columns
     from runner.data.sources import load_rows
 
     examples: dict[str, Examples] = {}
     ignored: dict[str, None] = {}
+
+    def build(source: DataSource) -> Examples:
+        # Rows that differ only in ignored columns are duplicates, as in training.
+        rows = ((where, ignore_columns(row, ignored, Counter())) for where, row in load_rows(source))
+        return given.task.build_examples(rows)
+
     for split, source in sources.items():
         try:
-            examples[split] = given.task.build_examples(load_rows(source), used=frozenset(ignored))
+            examples[split] = build(source)
         except UnusedColumnsError as error:
             if any(find_meaning(name) for name in error.names):
                 raise
             ignored |= dict.fromkeys(error.names)
-            examples[split] = given.task.build_examples(load_rows(source), used=frozenset(ignored))
+            examples[split] = build(source)
         except DataError:
             refuse_empty_columns(given, source)  # says more than the first row's problem
             raise

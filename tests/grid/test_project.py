@@ -525,3 +525,14 @@ def test_a_file_is_not_said_to_come_from_the_hub(
     said = capsys.readouterr().out
     assert "put yours there: data/a.jsonl, b.jsonl\n" in said
     assert "rows come from the hub: lab/rows\n" in said
+
+
+def test_different_and_duplicate_rows_add_up(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column that the recipe ignores makes no row different."""
+    rows = [{"ticket": n, "prompt": f"Q{n % 8}", "completion": "A"} for n in range(20)]
+    write_rows(place / "rows.jsonl", rows)
+    assert main(["init", "study", "--data", "rows.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "8 different rows" in said and "12 duplicate rows" in said
