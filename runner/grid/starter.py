@@ -202,7 +202,9 @@ def _build_examples(
 
     def build(source: DataSource) -> Examples:
         # Rows that differ only in ignored columns are duplicates, as in training.
-        rows = ((where, ignore_columns(row, ignored, Counter())) for where, row in load_rows(source))
+        rows = (
+            (where, ignore_columns(row, ignored, Counter())) for where, row in load_rows(source)
+        )
         return given.task.build_examples(rows)
 
     for split, source in sources.items():

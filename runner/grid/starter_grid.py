@@ -75,15 +75,16 @@ class StarterGrid:
 
     def check_counts(self) -> None:
         """Raise RunnerError for a size that the rows do not allow."""
+        typed = next((axis.typed for axis in self.axes if axis.name == COUNT_AXIS), COUNT_AXIS)
         if None in self.counts:
             raise RunnerError(
-                "`--axis num_train_samples=...`: got null, expected numbers of rows",
+                f"`--axis {typed}=...`: got null, expected numbers of rows",
                 hint=f"--axis samples={','.join(map(str, self.data.train_counts))}",
             )
         if max(self.counts) > self.data.num_train:
             raise RunnerError(
-                f"`--axis num_train_samples=...`: got {max(self.counts)}, but {self.data.num_train}"
-                f" rows are left to train on, after {self.data.num_validation} for validation and"
+                f"`--axis {typed}=...`: got {max(self.counts)} for `data.{COUNT_AXIS}`, but"
+                f" {self.data.num_train} rows are left to train on, after {self.data.num_validation} for validation and"
                 f" {self.data.num_test} for test"
             )
 

@@ -508,7 +508,7 @@ def test_sizes_that_are_null_are_refused(place: Path, capsys: pytest.CaptureFixt
     for values in ("null", "80,null"):
         assert main(["init", "new", "--axis", f"samples={values}"]) == 2
         said = capsys.readouterr().err
-        assert "`--axis num_train_samples=...`: got null, expected numbers of rows" in said
+        assert "`--axis samples=...`: got null, expected numbers of rows" in said
         assert "\nhint: --axis samples=80,320\n" in said
         assert not Path("new").exists()
 
