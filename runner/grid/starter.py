@@ -13,9 +13,10 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,12 @@ from runner.data.tasks.base import (
 from runner.data.tasks.prompt_completion import PromptCompletionTask
 from runner.data.tasks.prompts import describe_unfillable, list_unfillable
 from runner.errors import DataError, RunnerError
-from runner.grid.column_hints import list_column_sets, list_columns, suggest_columns
+from runner.grid.column_hints import (
+    find_constant_columns,
+    list_column_sets,
+    list_columns,
+    suggest_columns,
+)
 from runner.grid.empty_texts import Given, count_empty, refuse_empty_columns
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
@@ -90,6 +96,7 @@ _CARD_KEYS: Final = (
     "target_modules",
 )
 _MIN_ROWS: Final = 4
+_NUM_FIRST_ROWS: Final = 100  # read to suggest columns
 _MAX_HELD_OUT: Final = 100
 _MAX_TRAIN: Final = 1000
 BATCH: Final = 8  # rows of one update
@@ -137,10 +144,12 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
     from runner.data.draw import draw_splits
     from runner.data.sources import load_rows
 
-    first = next(iter(load_rows(given.sources["train"])), None)
-    if first is None:
+    head = list(islice(load_rows(given.sources["train"]), _NUM_FIRST_ROWS))
+    if not head:
         raise RunnerError(f"{given.name} holds no rows")
-    task = state_task(columns, first[1]) or detect_task(first[1], first[0])
+    first = head[0]
+    constant = find_constant_columns([row for _, row in head])
+    task = state_task(columns, first[1], constant) or detect_task(first[1], first[0], constant)
 
     def read(num_held_out: int, ignored: Sequence[str] = ()) -> DataSection:
         sources = {split: source.model_dump() for split, source in given.sources.items()}
@@ -235,8 +244,10 @@ def _is_news(name: str) -> bool:
     return name not in _UNREMARKABLE_COLUMNS and not name.endswith(EMPTY)
 
 
-def detect_task(row: Any, where: str) -> Mapping[str, str]:
-    """The task section for rows like this one. Raises: RunnerError."""
+def detect_task(row: Any, where: str, constant: Collection[str] = ()) -> Mapping[str, str]:
+    """The task section for rows like this one; errors suggest no `constant` column. Raises:
+    RunnerError.
+    """
     tasks = sorted(find_tasks(), key=lambda task: task.RECOGNITION_ORDER)
     for task in tasks:
         found = task.recognise(row)
@@ -246,7 +257,8 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
     raise RunnerError(
         f"{where}: cannot tell the task from the columns: {list_columns(row)}",
         hint=(
-            f"name the columns of the prompt and the answer, for example {suggest_columns(row)}\n"
+            f"name the columns of the prompt and the answer, for example"
+            f" {suggest_columns(row, taken=constant)}\n"
             f"{list_column_sets(row, sets)}"
             "      or, if Python must build the rows: start without --data, and write"
             " `data.train.path` and\n"
@@ -256,8 +268,12 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
     )
 
 
-def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
-    """The task section for the columns that the user names, or None. Raises: RunnerError."""
+def state_task(
+    columns: GivenColumns, row: Any, constant: Collection[str] = ()
+) -> Mapping[str, str] | None:
+    """The task section for the columns that the user names, or None; errors suggest no `constant`
+    column. Raises: RunnerError.
+    """
     prompt, completion = columns.prompt, columns.completion
     if prompt is None and completion is None:
         return None
@@ -266,7 +282,7 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         raise RunnerError(
             f"`{missing}` is missing: --prompt and --completion go together"
             f"\n\ncolumns: {list_columns(row)}",
-            hint=suggest_columns(row, prompt, completion),
+            hint=suggest_columns(row, prompt, completion, constant),
         )
     if isinstance(row, Mapping):
         _refuse_no_columns(prompt, completion, row)
@@ -284,7 +300,7 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         what = problems[0].what
         raise RunnerError(
             f"`--prompt`: {what}\n\ncolumns: {list_columns(row)}",
-            hint=suggest_columns(row, prompt, completion),
+            hint=suggest_columns(row, prompt, completion, constant),
         ) from None
     return section
 

@@ -84,8 +84,8 @@ class StarterGrid:
         if max(self.counts) > self.data.num_train:
             raise RunnerError(
                 f"`--axis {typed}=...`: got {max(self.counts)} for `data.{COUNT_AXIS}`, but"
-                f" {self.data.num_train} rows are left to train on, after {self.data.num_validation} for validation and"
-                f" {self.data.num_test} for test"
+                f" {self.data.num_train} rows are left to train on, after"
+                f" {self.data.num_validation} for validation and {self.data.num_test} for test"
             )
 
 
