@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
@@ -85,8 +85,13 @@ def require_stock_grid(stock_dir: Path, grid: str) -> None:
 
 
 GRID: Final = "first"
-DEMO_CARD: Final = "demo-gemma"
-DEMO_MODEL: Final = "demo_models/gemma"
+# The models that `runner demo-models` builds, by the names of their cards.
+DEMO_MODELS: Final[Mapping[str, str]] = {
+    "demo-gemma": "demo_models/gemma",
+    "demo-llama": "demo_models/llama",
+}
+# The role of every other message from the first on, in chats that all chat templates accept.
+_PLAIN_ROLES: Final = ("user", "assistant")
 _CARD_KEYS: Final = (
     "path",
     "dtype",
@@ -127,6 +132,8 @@ class DataPlan:
     num_train: int  # rows left for training
     train_counts: tuple[int, ...]
     max_length: int  # tokens
+    num_system: int  # rows with a system turn
+    num_irregular: int  # rows without one, with turns not alternating between user and assistant
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,8 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
             f"{given.name} holds {found}, but training, validation and test need {_MIN_ROWS}"
         )
     # Rows of one group stay together, so fewer may be left.
+    distinct = {one.key: one for those in examples.values() for one in those.examples}
+    kinds = Counter(map(_classify_turns, distinct.values()))
     splits = draw_splits(read(max(1, min(_MAX_HELD_OUT, num_rows // 6)), ignored))
     unused = dict.fromkeys(
         name for those in examples.values() for name in those.unused if _is_news(name)
@@ -194,6 +203,8 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
         num_train=len(splits.train),
         train_counts=choose_train_counts(len(splits.train)),
         max_length=guess_max_length(max(max(sizes.values()) for sizes in num_bytes.values())),
+        num_system=kinds["system"],
+        num_irregular=kinds["irregular"],
     )
 
 
@@ -228,6 +239,19 @@ def _build_examples(
             refuse_empty_columns(given, source)  # says more than the first row's problem
             raise
     return examples, tuple(ignored)
+
+
+def _classify_turns(example: Example) -> Literal["plain", "system", "irregular", "tools"]:
+    """The kind of a chat: the chat template of demo-gemma accepts only plain ones, that of
+    demo-llama all but tools.
+    """
+    roles = [message["role"] for message in example.messages]
+    if example.tools or "tool" in roles:
+        return "tools"
+    if "system" in roles:
+        return "system"
+    is_plain = all(role == _PLAIN_ROLES[at % 2] for at, role in enumerate(roles))
+    return "plain" if is_plain else "irregular"
 
 
 def _count_bytes(example: Example) -> int:
@@ -378,11 +402,13 @@ def guess_max_length(num_bytes: int) -> int:
 
 
 def build_cards(
-    models: Sequence[str], templates_root: Path, project_dir: Path
+    models: Sequence[str], plan: DataPlan, templates_root: Path, project_dir: Path
 ) -> dict[str, Mapping[str, Any]]:
-    """A card for every `--model`, by name: a stock card, or a new one from the model's folder."""
+    """A card for every `--model`, by name: a stock card, or a new one from the model's folder.
+    Without models, the card of a demo model that accepts the rows.
+    """
     if not models:
-        return {DEMO_CARD: _new_card(DEMO_MODEL, "float32", None)}
+        models = ["demo-llama" if plan.num_system or plan.num_irregular else "demo-gemma"]
     stock = load_cards(templates_root)
     cards: dict[str, Mapping[str, Any]] = {}
     for model in models:
@@ -401,6 +427,9 @@ def _find_card(
 ) -> tuple[str, Mapping[str, Any]]:
     folder = Path(model).expanduser()
     if not folder.exists():
+        for name, path in DEMO_MODELS.items():
+            if model in (name, path):
+                return name, _new_card(path, "float32", None)
         for name, card in stock.items():
             if model.lower() in (name.lower(), str(card["path"]).lower()):
                 return name, {key: card[key] for key in _CARD_KEYS}

@@ -18,7 +18,7 @@ from runner.grid.given_axes import COUNT_AXIS, LOSS_AXIS, GivenAxis
 from runner.grid.spec import SEED_AXIS
 from runner.grid.starter import (
     BATCH,
-    DEMO_CARD,
+    DEMO_MODELS,
     GRID,
     DataPlan,
     choose_max_steps,
@@ -133,7 +133,7 @@ def _describe_rows(grid: StarterGrid) -> dict[str, str]:
         "MAX_STEPS": str(max_steps),
         "EVAL_STEPS": str(math.ceil(fewest / _NUM_EVALUATIONS)),
         # A model of a million parameters learns nothing at the rate that suits a real one.
-        "LEARNING_RATE": "4e-3" if list(grid.cards) == [DEMO_CARD] else "2e-4",
+        "LEARNING_RATE": "4e-3" if set(grid.cards) <= set(DEMO_MODELS) else "2e-4",
     }
 
 
