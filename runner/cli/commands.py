@@ -272,7 +272,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         print(_describe_never_started(never))
     damaged = [one.paths.run_dir for one, status in rows if status.state == "unreadable"]
     damaged += [lost.paths.run_dir for lost in unreadable]
-    return _print_hints(rows, damaged)
+    return _print_hints(rows, damaged, never)
 
 
 def _was_never_started(one: Selected, status: RunStatus) -> bool:
@@ -294,16 +294,30 @@ def _describe_never_started(never: Sequence[Selected]) -> str:
     )
 
 
-def _print_hints(rows: Sequence[tuple[Selected, RunStatus]], unreadable: Sequence[Path]) -> int:
-    """Print one hint per kind of failure to stderr; returns the exit code of `runner status`."""
+def _print_hints(
+    rows: Sequence[tuple[Selected, RunStatus]],
+    unreadable: Sequence[Path],
+    never: Sequence[Selected],
+) -> int:
+    """Print one hint per kind of failure to stderr; returns the exit code of `runner status`.
+
+    `never` are runs that were never started and that `rows` do not hold.
+    """
     statuses = [status for _, status in rows]
     run_dirs: dict[FailureKind, list[Path]] = {}
+    recipe_folders: dict[FailureKind, dict[Path, None]] = {}
+    pending = [*never, *(one for one, status in rows if status.state == "pending")]
+    with_pending = {one.source_path.parent for one in pending}
     for one, status in rows:
         # Changed and damaged runs are refused, whatever their failure was.
         if status.failure is not None and status.state not in ("changed", "damaged"):
             run_dirs.setdefault(status.failure.kind, []).append(one.paths.run_dir)
+            recipe_folders.setdefault(status.failure.kind, {})[one.source_path.parent] = None
     for kind in run_dirs:
-        _print_hint(f"{kind}: {name_command(kind, run_dirs[kind])}")
+        # A sweep leaves out runs that no recipe in these folders describes.
+        folders = list(recipe_folders[kind])
+        sweeps = folders if set(folders) <= with_pending else []
+        _print_hint(f"{kind}: {name_command(kind, run_dirs[kind], sweeps)}")
     if unreadable:
         more = f"; likewise for {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         _print_hint(f"unreadable: {suggest_fresh(unreadable[0])}{more}")

@@ -124,13 +124,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     more = next((name for name in ("paths", "overrides") if hasattr(arguments, name)), None)
     if rest and (more is None or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_suggest_output(arguments, rest)}")
     if rest and more is not None:
         setattr(arguments, more, [*getattr(arguments, more), *rest])
     arguments.typed = tuple(sys.argv[1:] if argv is None else argv)
     if more is not None:
         _separate_overrides(arguments)
     return arguments
+
+
+def _suggest_output(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
+    """A hint for a single word that may be the output of a verb with `--output`; else empty."""
+    if len(rest) > 1 or rest[0].startswith("-") or not hasattr(arguments, "output"):
+        return ""
+    return f"\n\nhint: --output {shlex.quote(rest[0])}"
 
 
 def _name_a_grid() -> str:

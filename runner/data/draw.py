@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -258,7 +258,7 @@ class _Reader:
         for where, row in rows:
             if column is not None:
                 groups[where] = _read_group(row, column, where)
-            yield where, _ignore(row, self._data.ignore, columns)
+            yield where, ignore_columns(row, self._data.ignore, columns)
 
     def _find_group(self, example: Example, groups: Mapping[str, str]) -> str:
         if self._data.group_column is None:
@@ -330,7 +330,7 @@ def _read_group(row: Any, column: str, where: str) -> str:
     return f"{column}: {value}"
 
 
-def _ignore(row: Any, names: Sequence[str], counts: Counter[str]) -> Any:
+def ignore_columns(row: Any, names: Collection[str], counts: Counter[str]) -> Any:
     """The row without the columns in `names`, and its messages without the keys in `names`
     (`messages.KEY`); counts the rows that have one of them.
     """

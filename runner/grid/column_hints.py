@@ -83,6 +83,22 @@ def suggest_columns(
     return f"--prompt {shlex.quote(prompt)} --completion {shlex.quote(completion)}"
 
 
+def find_constant_columns(rows: Sequence[Any]) -> set[str]:
+    """The columns with the same value in all rows: neither a prompt nor an answer. Empty for one
+    row.
+
+    >>> find_constant_columns([{"lang": "en", "text": "a"}, {"lang": "en", "text": "b"}])
+    {'lang'}
+    """
+    if len(rows) < 2 or not isinstance(rows[0], Mapping):
+        return set()
+    return {
+        str(name)
+        for name, value in rows[0].items()
+        if all(isinstance(row, Mapping) and row.get(name) == value for row in rows)
+    }
+
+
 # The beginning of a date, such as 2026-01-07 or 07.01.2026: neither a prompt nor an answer.
 _DATE: Final = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b")
 

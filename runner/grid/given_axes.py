@@ -81,6 +81,7 @@ class GivenAxis:
     name: str
     values: tuple[Scalar, ...]
     labels: tuple[str, ...] = ()
+    typed: str = ""  # the key as the user wrote it
 
     @property
     def is_starters(self) -> bool:
@@ -168,9 +169,10 @@ def _choose_form(values: Sequence[Scalar]) -> str | None:
 def read_given_axes(texts: Sequence[str]) -> list[GivenAxis]:
     """The axes of `--axis`, in the order given. Raises: RunnerError."""
     found: dict[str, tuple[Scalar, ...]] = {}
+    typed: dict[str, str] = {}
     for text in texts:
-        key, _, listed = text.partition("=")
-        key = _OTHER_NAMES.get(key, key)
+        written, _, listed = text.partition("=")
+        key = _OTHER_NAMES.get(written, written)
         if not _KEY.fullmatch(key) or not listed.strip():
             raise RunnerError(
                 f"`--axis {text}`: expected a key of the recipe and its values",
@@ -183,11 +185,12 @@ def read_given_axes(texts: Sequence[str]) -> list[GivenAxis]:
                 f"`--axis {text}`: `{key}` is already an axis", hint="list all values in one --axis"
             )
         found[key] = _read_values(text, listed)
+        typed[key] = written
     for key, other in _INSTEAD_OF.items():
         if key in found and other in found:
             raise RunnerError(f"`{key}` and `{other}` cannot both be axes: a recipe states one")
     return [
-        GivenAxis(key, name, found[key], _build_labels(found[key]))
+        GivenAxis(key, name, found[key], _build_labels(found[key]), typed[key])
         for key, name in _name_axes(found).items()
     ]
 
@@ -379,6 +382,7 @@ def _suggest_key(axes: Sequence[GivenAxis], unknown: Collection[str], base_text:
             keys += [f"{section}.{name}" for name in values]
     key_of = {_SHORT_NAMES.get(key, ""): key for key in keys}
     key_of |= {key.rpartition(".")[2]: key for key in keys}
+    key_of |= {name: name for name in _OTHER_NAMES}
     for axis in axes:
         section, name = axis.key.partition(".")[0], axis.key.rpartition(".")[2]
         close = difflib.get_close_matches(name, list(key_of), n=1)

@@ -128,7 +128,7 @@ def init_project(target: Path, from_grid: str | None, wishes: Wishes) -> int:
     with open_given_data(wishes.data or [str(stock_dir / _SAMPLE)]) as given:
         columns = init_starter.GivenColumns(wishes.prompt, wishes.completion)
         plan = init_starter.plan_data(given, columns)
-        cards = init_starter.build_cards(models, stock_dir / TEMPLATES, target)
+        cards = init_starter.build_cards(models, plan, stock_dir / TEMPLATES, target)
         axes = [axis for axis in axes if axis.name != MODEL_AXIS]
         starter = _Starter(given, bool(wishes.data), StarterGrid(plan, cards, axes))
         _make_project(stock_dir, target, init_starter.GRID, starter)
@@ -284,6 +284,7 @@ def _describe_starter(starter: _Starter) -> list[str]:
         f"{' or '.join(map(str, starter.grid.counts))} to train on"
         + (f"; from separate files: {', '.join(own)}" if own else "")
     )
+    notes += _describe_turns(starter)
     for name, card in starter.grid.cards.items():
         template = card["chat_template"] or "the tokenizer's own"
         notes.append(f"model {name}: {card['path']}, {card['dtype']}, chat template: {template}")
@@ -294,6 +295,26 @@ def _describe_starter(starter: _Starter) -> list[str]:
     if "adapter.r" in keys and "adapter.lora_alpha" not in keys:
         notes.append("adapter.lora_alpha is fixed, so the scale lora_alpha / r changes with r")
     return notes
+
+
+def _describe_turns(starter: _Starter) -> list[str]:
+    """A note on rows that the chat templates of some models refuse; empty if there are none."""
+    plan, cards = starter.grid.data, starter.grid.cards
+    kinds = []
+    if plan.num_system:
+        kinds.append(f"{format_count(plan.num_system, 'row')} with a system turn")
+    if plan.num_irregular:
+        kinds.append(
+            f"{format_count(plan.num_irregular, 'row')} with turns that do not alternate between"
+            " user and assistant"
+        )
+    if not kinds:
+        return []
+    if "demo-gemma" in cards:
+        return [f"demo-gemma refuses {' and '.join(kinds)}; --model demo-llama accepts them"]
+    if "demo-llama" in cards:
+        return [f"{' and '.join(kinds)}, which demo-gemma would refuse"]
+    return [f"{' and '.join(kinds)}, which some chat templates refuse: see `runner check`"]
 
 
 def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe]) -> _Needs:

@@ -285,7 +285,7 @@ def _raise_template_error(
                 f"`{name}` does not apply in every cell: put {{% if {name} is defined %}} around"
                 " the lines that use it"
             )
-    raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint) from None
+    raise GridError(f"{place}: {what}\n\n  in the run {name_cell(key.axes)}", hint=hint) from None
 
 
 def _check_text(
@@ -299,7 +299,7 @@ def _check_text(
         for problem in error.problems:
             place = _find_template_line(text, problem.line or 1, templates_root / key.grid)
             lines.append(f"  {place}  {problem.key}  {problem.what}")
-        raise GridError("\n".join([*lines, "", f"  in the cell {name_cell(key.axes)}"])) from None
+        raise GridError("\n".join([*lines, "", f"  in the run {name_cell(key.axes)}"])) from None
     found = recipe.run.model_dump(mode="json")
     expected = {"grid": key.grid, "name": key.name, "axes": key.axes, "declared": declared}
     for part in expected:
@@ -315,7 +315,7 @@ def _check_text(
             )
             where = "there" if line > 1 else "below `run:`"
             hint = f"write `{part}: {{{{ {part} | yaml }}}}` {where}"
-            raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint)
+            raise GridError(f"{place}: {what}\n\n  in the run {name_cell(key.axes)}", hint=hint)
     return recipe
 
 
@@ -328,8 +328,8 @@ def _check_seed(
     line = find_line("training.seed", text)
     place = _find_template_line(text, line or 1, templates_root / key.grid)
     raise GridError(
-        f"{place}: `training.seed` is {recipe.training.seed}, but the seed of this cell is {seed}"
-        f" (`seeds: own` in grid.yaml)\n\n  in the cell {name_cell(key.axes)}",
+        f"{place}: `training.seed` is {recipe.training.seed}, but the seed of this run is {seed}"
+        f" (`seeds: own` in grid.yaml)\n\n  in the run {name_cell(key.axes)}",
         hint="write `seed: {{ cell_seed | yaml }}` there",
     )
 

@@ -12,11 +12,13 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
@@ -30,7 +32,12 @@ from runner.data.tasks.base import (
 from runner.data.tasks.prompt_completion import PromptCompletionTask
 from runner.data.tasks.prompts import describe_unfillable, list_unfillable
 from runner.errors import DataError, RunnerError
-from runner.grid.column_hints import list_column_sets, list_columns, suggest_columns
+from runner.grid.column_hints import (
+    find_constant_columns,
+    list_column_sets,
+    list_columns,
+    suggest_columns,
+)
 from runner.grid.empty_texts import Given, count_empty, refuse_empty_columns
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
@@ -78,8 +85,13 @@ def require_stock_grid(stock_dir: Path, grid: str) -> None:
 
 
 GRID: Final = "first"
-DEMO_CARD: Final = "demo-gemma"
-DEMO_MODEL: Final = "demo_models/gemma"
+# The models that `runner demo-models` builds, by the names of their cards.
+DEMO_MODELS: Final[Mapping[str, str]] = {
+    "demo-gemma": "demo_models/gemma",
+    "demo-llama": "demo_models/llama",
+}
+# The role of every other message from the first on, in chats that all chat templates accept.
+_PLAIN_ROLES: Final = ("user", "assistant")
 _CARD_KEYS: Final = (
     "path",
     "dtype",
@@ -89,6 +101,7 @@ _CARD_KEYS: Final = (
     "target_modules",
 )
 _MIN_ROWS: Final = 4
+_NUM_FIRST_ROWS: Final = 100  # read to suggest columns
 _MAX_HELD_OUT: Final = 100
 _MAX_TRAIN: Final = 1000
 BATCH: Final = 8  # rows of one update
@@ -119,6 +132,8 @@ class DataPlan:
     num_train: int  # rows left for training
     train_counts: tuple[int, ...]
     max_length: int  # tokens
+    num_system: int  # rows with a system turn
+    num_irregular: int  # rows without one, with turns not alternating between user and assistant
 
 
 @dataclass(frozen=True)
@@ -136,10 +151,12 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
     from runner.data.draw import draw_splits
     from runner.data.sources import load_rows
 
-    first = next(iter(load_rows(given.sources["train"])), None)
-    if first is None:
+    head = list(islice(load_rows(given.sources["train"]), _NUM_FIRST_ROWS))
+    if not head:
         raise RunnerError(f"{given.name} holds no rows")
-    task = state_task(columns, first[1]) or detect_task(first[1], first[0])
+    first = head[0]
+    constant = find_constant_columns([row for _, row in head])
+    task = state_task(columns, first[1], constant) or detect_task(first[1], first[0], constant)
 
     def read(num_held_out: int, ignored: Sequence[str] = ()) -> DataSection:
         sources = {split: source.model_dump() for split, source in given.sources.items()}
@@ -167,6 +184,8 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
             f"{given.name} holds {found}, but training, validation and test need {_MIN_ROWS}"
         )
     # Rows of one group stay together, so fewer may be left.
+    distinct = {one.key: one for those in examples.values() for one in those.examples}
+    kinds = Counter(map(_classify_turns, distinct.values()))
     splits = draw_splits(read(max(1, min(_MAX_HELD_OUT, num_rows // 6)), ignored))
     unused = dict.fromkeys(
         name for those in examples.values() for name in those.unused if _is_news(name)
@@ -184,6 +203,8 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
         num_train=len(splits.train),
         train_counts=choose_train_counts(len(splits.train)),
         max_length=guess_max_length(max(max(sizes.values()) for sizes in num_bytes.values())),
+        num_system=kinds["system"],
+        num_irregular=kinds["irregular"],
     )
 
 
@@ -193,22 +214,44 @@ def _build_examples(
     """The examples of each split, and the names that the recipe must ignore. Raises: DataError,
     also if such a name has a known meaning, because only the user may leave that out.
     """
+    from runner.data.draw import ignore_columns
     from runner.data.sources import load_rows
 
     examples: dict[str, Examples] = {}
     ignored: dict[str, None] = {}
+
+    def build(source: DataSource) -> Examples:
+        # Rows that differ only in ignored columns are duplicates, as in training.
+        rows = (
+            (where, ignore_columns(row, ignored, Counter())) for where, row in load_rows(source)
+        )
+        return given.task.build_examples(rows)
+
     for split, source in sources.items():
         try:
-            examples[split] = given.task.build_examples(load_rows(source), used=frozenset(ignored))
+            examples[split] = build(source)
         except UnusedColumnsError as error:
             if any(find_meaning(name) for name in error.names):
                 raise
             ignored |= dict.fromkeys(error.names)
-            examples[split] = given.task.build_examples(load_rows(source), used=frozenset(ignored))
+            examples[split] = build(source)
         except DataError:
             refuse_empty_columns(given, source)  # says more than the first row's problem
             raise
     return examples, tuple(ignored)
+
+
+def _classify_turns(example: Example) -> Literal["plain", "system", "irregular", "tools"]:
+    """The kind of a chat: the chat template of demo-gemma accepts only plain ones, that of
+    demo-llama all but tools.
+    """
+    roles = [message["role"] for message in example.messages]
+    if example.tools or "tool" in roles:
+        return "tools"
+    if "system" in roles:
+        return "system"
+    is_plain = all(role == _PLAIN_ROLES[at % 2] for at, role in enumerate(roles))
+    return "plain" if is_plain else "irregular"
 
 
 def _count_bytes(example: Example) -> int:
@@ -225,8 +268,10 @@ def _is_news(name: str) -> bool:
     return name not in _UNREMARKABLE_COLUMNS and not name.endswith(EMPTY)
 
 
-def detect_task(row: Any, where: str) -> Mapping[str, str]:
-    """The task section for rows like this one. Raises: RunnerError."""
+def detect_task(row: Any, where: str, constant: Collection[str] = ()) -> Mapping[str, str]:
+    """The task section for rows like this one; errors suggest no `constant` column. Raises:
+    RunnerError.
+    """
     tasks = sorted(find_tasks(), key=lambda task: task.RECOGNITION_ORDER)
     for task in tasks:
         found = task.recognise(row)
@@ -236,7 +281,8 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
     raise RunnerError(
         f"{where}: cannot tell the task from the columns: {list_columns(row)}",
         hint=(
-            f"name the columns of the prompt and the answer, for example {suggest_columns(row)}\n"
+            f"name the columns of the prompt and the answer, for example"
+            f" {suggest_columns(row, taken=constant)}\n"
             f"{list_column_sets(row, sets)}"
             "      or, if Python must build the rows: start without --data, and write"
             " `data.train.path` and\n"
@@ -246,8 +292,12 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
     )
 
 
-def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
-    """The task section for the columns that the user names, or None. Raises: RunnerError."""
+def state_task(
+    columns: GivenColumns, row: Any, constant: Collection[str] = ()
+) -> Mapping[str, str] | None:
+    """The task section for the columns that the user names, or None; errors suggest no `constant`
+    column. Raises: RunnerError.
+    """
     prompt, completion = columns.prompt, columns.completion
     if prompt is None and completion is None:
         return None
@@ -256,7 +306,7 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         raise RunnerError(
             f"`{missing}` is missing: --prompt and --completion go together"
             f"\n\ncolumns: {list_columns(row)}",
-            hint=suggest_columns(row, prompt, completion),
+            hint=suggest_columns(row, prompt, completion, constant),
         )
     if isinstance(row, Mapping):
         _refuse_no_columns(prompt, completion, row)
@@ -274,7 +324,7 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         what = problems[0].what
         raise RunnerError(
             f"`--prompt`: {what}\n\ncolumns: {list_columns(row)}",
-            hint=suggest_columns(row, prompt, completion),
+            hint=suggest_columns(row, prompt, completion, constant),
         ) from None
     return section
 
@@ -352,11 +402,13 @@ def guess_max_length(num_bytes: int) -> int:
 
 
 def build_cards(
-    models: Sequence[str], templates_root: Path, project_dir: Path
+    models: Sequence[str], plan: DataPlan, templates_root: Path, project_dir: Path
 ) -> dict[str, Mapping[str, Any]]:
-    """A card for every `--model`, by name: a stock card, or a new one from the model's folder."""
+    """A card for every `--model`, by name: a stock card, or a new one from the model's folder.
+    Without models, the card of a demo model that accepts the rows.
+    """
     if not models:
-        return {DEMO_CARD: _new_card(DEMO_MODEL, "float32", None)}
+        models = ["demo-llama" if plan.num_system or plan.num_irregular else "demo-gemma"]
     stock = load_cards(templates_root)
     cards: dict[str, Mapping[str, Any]] = {}
     for model in models:
@@ -375,6 +427,9 @@ def _find_card(
 ) -> tuple[str, Mapping[str, Any]]:
     folder = Path(model).expanduser()
     if not folder.exists():
+        for name, path in DEMO_MODELS.items():
+            if model in (name, path):
+                return name, _new_card(path, "float32", None)
         for name, card in stock.items():
             if model.lower() in (name.lower(), str(card["path"]).lower()):
                 return name, {key: card[key] for key in _CARD_KEYS}

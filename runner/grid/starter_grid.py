@@ -18,7 +18,7 @@ from runner.grid.given_axes import COUNT_AXIS, LOSS_AXIS, GivenAxis
 from runner.grid.spec import SEED_AXIS
 from runner.grid.starter import (
     BATCH,
-    DEMO_CARD,
+    DEMO_MODELS,
     GRID,
     DataPlan,
     choose_max_steps,
@@ -75,16 +75,17 @@ class StarterGrid:
 
     def check_counts(self) -> None:
         """Raise RunnerError for a size that the rows do not allow."""
+        typed = next((axis.typed for axis in self.axes if axis.name == COUNT_AXIS), COUNT_AXIS)
         if None in self.counts:
             raise RunnerError(
-                "`--axis num_train_samples=...`: got null, expected numbers of rows",
+                f"`--axis {typed}=...`: got null, expected numbers of rows",
                 hint=f"--axis samples={','.join(map(str, self.data.train_counts))}",
             )
         if max(self.counts) > self.data.num_train:
             raise RunnerError(
-                f"`--axis num_train_samples=...`: got {max(self.counts)}, but {self.data.num_train}"
-                f" rows are left to train on, after {self.data.num_validation} for validation and"
-                f" {self.data.num_test} for test"
+                f"`--axis {typed}=...`: got {max(self.counts)} for `data.{COUNT_AXIS}`, but"
+                f" {self.data.num_train} rows are left to train on, after"
+                f" {self.data.num_validation} for validation and {self.data.num_test} for test"
             )
 
 
@@ -132,7 +133,7 @@ def _describe_rows(grid: StarterGrid) -> dict[str, str]:
         "MAX_STEPS": str(max_steps),
         "EVAL_STEPS": str(math.ceil(fewest / _NUM_EVALUATIONS)),
         # A model of a million parameters learns nothing at the rate that suits a real one.
-        "LEARNING_RATE": "4e-3" if list(grid.cards) == [DEMO_CARD] else "2e-4",
+        "LEARNING_RATE": "4e-3" if set(grid.cards) <= set(DEMO_MODELS) else "2e-4",
     }
 
 

@@ -289,6 +289,9 @@ def _derive_readable(
         damage = {facts.paths.result_path.name: "is missing"}
         return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
     known |= _look_ahead(facts, inventory, recipe, num_processes, resume)
+    if known["max_steps"] is None and known.get("checkpoint_step") is not None:
+        # The last attempt stopped before it had resumed this checkpoint.
+        known |= {"step": known["checkpoint_step"], "max_steps": recipe.training.max_steps}
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
     failure = facts.failure

@@ -188,7 +188,7 @@ def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCe
         number(interval.estimate, is_signed=True),
         PageCell(f"{signed(bounds[0])} to {signed(bounds[1])} ({level})" if bounds else ""),
         PageCell(probability(effect.p_adjusted), effect.p_adjusted),
-        PageCell(format_count(len(notes), "note") if notes else "", len(notes), notes=notes),
+        PageCell(_count_notes(len(notes), len(effect.flags)), len(notes), notes=notes),
         status,
         number(effect.noise_floor),
         within,
@@ -330,3 +330,13 @@ TERMS: Final = (
     ("mean difference", "Mean of the second arm's score minus the first arm's, over some rows."),
     ("missing", "A run without a score; its cell is hatched, and nothing is imputed."),
 )
+
+
+def _count_notes(num_notes: int, num_flags: int) -> str:
+    """The label of notes that are folded; flags are counted separately, so they are not missed.
+
+    >>> _count_notes(4, 2), _count_notes(1, 0), _count_notes(1, 1), _count_notes(0, 0)
+    ('2 flags, 2 notes', '1 note', '1 flag', '')
+    """
+    counts = {"flag": num_flags, "note": num_notes - num_flags}
+    return ", ".join(format_count(count, what) for what, count in counts.items() if count)

@@ -18,6 +18,7 @@ from runner.report.contrasts import Aligned, Contrasts, build_metric
 from runner.report.effects import Cell, Metric
 from runner.report.planning import (
     MAX_SEEDS,
+    MIN_SEEDS,
     PLANNING_LIMIT,
     Pilot,
     PoolSpread,
@@ -425,12 +426,22 @@ def format_power(report: PowerReport) -> str:
         "",
         f"to detect a difference of {report.effect:g} with the same power",
         *_format_plans(report.comparisons),
-        "  Seeds per cell, planned from the upper 80% limit of the standard deviation. Runs and"
-        " hours are for the whole",
-        "  grid, at the speed of the runs so far and including them.",
+        f"  Seeds per cell, at least {MIN_SEEDS}, planned from the upper 80% limit of the standard"
+        " deviation. The difference above",
+        "  is computed from its estimate, so a plan may name more seeds than these runs have.",
+        *_explain_runs(report.comparisons),
         *report.notes,
     ]
     return "\n".join(cut(line, _WIDTH) for line in lines)
+
+
+def _explain_runs(comparisons: Sequence[Comparison]) -> list[str]:
+    if all(one.precision == "range" for one in comparisons):
+        return ["  A range of seeds has no number of runs or hours."]
+    return [
+        "  Runs and hours are for the whole grid, at the speed of the runs so far and including"
+        " them."
+    ]
 
 
 def as_json(report: PowerReport) -> dict[str, Any]:
@@ -486,7 +497,7 @@ def _format_plan(plan: Plan, precision: str) -> tuple[str, str, str]:
         for count in (plan.lowest_num_seeds, plan.highest_num_seeds)
     )
     if precision == "range":
-        return (high if low == high else f"{low} to {high}"), "", ""
+        return (high if low == high else f"{low} to {high}"), "-", "-"
     num_runs = "" if plan.num_runs is None else f"{plan.num_runs:,}"
     hours = ""
     if plan.device_hours is not None:

@@ -59,12 +59,22 @@ HINTS: Final[Mapping[FailureKind, str]] = {
 _SAME_COMMAND: Final = "the same command"
 
 
-def name_command(kind: FailureKind, run_dirs: Sequence[Path]) -> str:
-    """The hint for runs that failed or stopped with this kind, with the command that resumes them.
+def name_command(
+    kind: FailureKind, run_dirs: Sequence[Path], sweep_folders: Sequence[Path] = ()
+) -> str:
+    """The hint for runs that failed or stopped with this kind, with the command that resumes them:
+    the sweep over `sweep_folders`, if these hold runs that were never started.
 
     >>> name_command("preempted", [Path("runs/demo/a"), Path("runs/demo/b")])
     '`runner rerun runs/demo` resumes from the newest checkpoint'
+    >>> name_command("transient", [Path("runs/demo/a")], [Path("recipes/demo")])
+    '`runner sweep recipes/demo --retry-failed` resumes from the newest checkpoint'
     """
+    if sweep_folders:
+        # A sweep resumes interrupted runs without the option.
+        retry = [] if kind in ("preempted", "lost") else ["--retry-failed"]
+        words = ["runner", "sweep", *map(str, sweep_folders), *retry]
+        return HINTS[kind].replace(_SAME_COMMAND, f"`{pasteable(shlex.join(words))}`")
     folders = run_dirs if len(run_dirs) == 1 else dict.fromkeys(one.parent for one in run_dirs)
     command = pasteable(shlex.join(["runner", "rerun", *map(str, folders)]))
     return HINTS[kind].replace(_SAME_COMMAND, f"`{command}`")

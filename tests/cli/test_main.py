@@ -358,6 +358,17 @@ def test_status_says_what_to_do_once_for_each_kind(
         "hint: lost: it was killed from outside" in shown.err and len(shown.err.splitlines()) == 2
     )
     assert "; `runner rerun runs/toy/c` resumes from the newest checkpoint" in shown.err
+    fake.add("e")  # `rerun` would not start it
+    for arguments in (["recipes/toy"], []):
+        assert main(["status", *arguments]) == 0
+        said = capsys.readouterr().err
+        assert "; `runner sweep recipes/toy` resumes from the newest checkpoint" in said
+
+
+def test_a_stray_word_is_suggested_as_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "toy/a", "my folder"])
+    assert "\n\nhint: --output 'my folder'\n" in capsys.readouterr().err
 
 
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,14 @@ def test_names_are_short_and_each_value_has_one(
         (["adapter.r=8,8.0"], ("has 8.0 twice",)),
         (["loss=ful"], ("loss: got the text 'ful'", "did you mean `full`?")),
         (["seed=1.5"], ("training.seed: got 1.5, expected a whole number",)),
-        (["samples=10,400"], ("got 400, but 320 rows are left to train on",)),
+        (
+            ["samples=10,400"],
+            (
+                "`--axis samples=...`: got 400 for `data.num_train_samples`, but 320 rows are left"
+                " to train on",
+            ),
+        ),
+        (["sample=10"], ("sample: unknown key", "hint: --axis samples=10\n")),
         (["seed=1", "training.seed=2"], ("`training.seed` is already an axis",)),
         (["seed"], ("`--axis seed`: expected a key", "--axis training.learning_rate=1e-4,3e-4")),
         (["seed="], ("expected a key of the recipe and its values",)),

@@ -508,7 +508,7 @@ def test_sizes_that_are_null_are_refused(place: Path, capsys: pytest.CaptureFixt
     for values in ("null", "80,null"):
         assert main(["init", "new", "--axis", f"samples={values}"]) == 2
         said = capsys.readouterr().err
-        assert "`--axis num_train_samples=...`: got null, expected numbers of rows" in said
+        assert "`--axis samples=...`: got null, expected numbers of rows" in said
         assert "\nhint: --axis samples=80,320\n" in said
         assert not Path("new").exists()
 
@@ -525,3 +525,52 @@ def test_a_file_is_not_said_to_come_from_the_hub(
     said = capsys.readouterr().out
     assert "put yours there: data/a.jsonl, b.jsonl\n" in said
     assert "rows come from the hub: lab/rows\n" in said
+
+
+def test_different_and_duplicate_rows_add_up(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column that the recipe ignores makes no row different."""
+    rows = [{"ticket": n, "prompt": f"Q{n % 8}", "completion": "A"} for n in range(20)]
+    write_rows(place / "rows.jsonl", rows)
+    assert main(["init", "study", "--data", "rows.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "8 different rows" in said and "12 duplicate rows" in said
+
+
+def test_the_demo_models_are_known_by_name(place: Path) -> None:
+    for number, model in enumerate(("demo-llama", "demo_models/llama", "demo-gemma")):
+        assert main(["init", f"study{number}", "--model", model]) == 0
+        readme = Path(f"study{number}", "README.md").read_text()
+        assert "runner demo-models" in readme and "from the hub" not in readme
+        [card] = Path(f"study{number}", "recipe_templates", "models").glob("demo-*.yaml")
+        assert card.stem == f"demo-{model[-5:]}" and f"demo_models/{model[-5:]}" in card.read_text()
+
+
+@pytest.mark.parametrize(
+    ("chat", "model", "words"),
+    [
+        (
+            [{"role": "system", "content": "short"}, *CHAT],
+            "demo-llama",
+            "8 rows with a system turn,",
+        ),
+        (CHAT[1:] + CHAT, "demo-llama", "8 rows with turns that do not alternate between user and"),
+        (CHAT, "demo-gemma", None),
+    ],
+)
+def test_the_demo_model_accepts_the_turns_of_the_rows(
+    chat: list[dict[str, str]],
+    model: str,
+    words: str | None,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"messages": [*chat, {**CHAT[0], "content": f"{n}"}, CHAT[1]]} for n in range(8)]
+    write_rows(place / "rows.jsonl", rows)
+    assert main(["init", "study", "--data", "rows.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert f"model {model}: demo_models/" in said
+    assert words in said if words else "demo-gemma would refuse" not in said
+    assert main(["init", "asked", "--data", "rows.jsonl", "--model", "demo-gemma"]) == 0
+    assert ("demo-gemma refuses 8 rows" in capsys.readouterr().out) == bool(words)

@@ -70,7 +70,7 @@ def test_a_wrong_template_is_refused_with_its_line_and_cell(
     message = grid_error(toy(old=old, new=new))
     assert f"toy/recipe.yaml.j2, line {line}" in message, message
     assert expected in message, message
-    assert "in the cell model=gemma, loss=full, num_train_samples=60" in message
+    assert "in the run model=gemma, loss=full, num_train_samples=60" in message
 
 
 def test_a_mistake_of_the_whole_recipe_names_no_line(toy: Toy) -> None:

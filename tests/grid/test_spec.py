@@ -113,7 +113,7 @@ def test_a_template_that_uses_an_absent_axis_is_told_how_to_ask(toy: Toy) -> Non
     message = grid_error(root)
     assert "toy/recipe.yaml.j2, line 2: 'lora_r' is undefined" in message
     assert "{% if lora_r is defined %}" in message
-    assert "in the cell model=a, adapter=none" in message
+    assert "in the run model=a, adapter=none" in message
 
 
 def test_an_exclusion_on_an_absent_axis_does_not_apply(toy: Toy) -> None:

@@ -29,6 +29,7 @@ TICKETS: list[dict[str, Any]] = [
         "ticket": f"Printer {n} is {{{{ broken }}}}",
         "the fix": f"Restart {n}",
         "a": "b",
+        "lang": "English, as everyone here writes",
     }
     for n in range(12)
 ]

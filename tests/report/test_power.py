@@ -91,6 +91,8 @@ def test_few_degrees_of_freedom_give_a_range_or_a_rough_number(tmp_path: Path) -
     assert low is not None and high is not None and low < high
     text = format_power(report)
     assert f"{low} to {high}" in text and "give only a range of seeds" in text
+    assert "Seeds per cell, at least 3," in text
+    assert "no number of runs or hours" in text and "Runs and hours are for" not in text
     four = {"loss": ["full", "completion"], "num_train_samples": [60, 180]}
     report = plan(scored_grid(tmp_path / "four", four, flat, seeds=(1, 2)), 0.03)
     assert {one.precision for one in report.comparisons} == {"rough"}
