@@ -351,7 +351,7 @@ def ignore_columns(row: Any, names: Collection[str], counts: Counter[str]) -> An
     return kept
 
 
-def _ignore_in_messages(messages: list[Any], names: Sequence[str], counts: Counter[str]) -> Any:
+def _ignore_in_messages(messages: list[Any], names: Collection[str], counts: Counter[str]) -> Any:
     kept = []
     found = set()
     for message in messages:
