@@ -289,6 +289,7 @@ def test_a_stripped_one_is_shown_and_the_one_before_it_decides(tmp_path: Path) -
     strip_checkpoint(paths.checkpoint_dir(8))
     decision, status = judge(paths, recipe)
     assert (decision.action, status.checkpoint_step) == ("launch", 8)
+    assert (status.step, status.max_steps) == (8, recipe.training.max_steps), "no attempt trained"
     shutil.rmtree(paths.checkpoint_dir(4))
     interrupt(recipe, paths, num_processes=2)
     decision, status = judge(paths, recipe)
