@@ -241,7 +241,7 @@ def test_seeds_that_cannot_be_own_are_refused(toy: Toy, grid: str, expected: str
 def test_a_template_that_trains_with_another_seed_is_refused(toy: Toy) -> None:
     message = grid_error(toy(WITH_SEEDS + "seeds: own\n", DECLARING))
     assert "toy/recipe.yaml.j2, line 22: `training.seed` is 1, but the seed" in message
-    assert "of this cell is 63038873 (`seeds: own`" in message
+    assert "of this run is 63038873 (`seeds: own`" in message
     assert "write `seed: {{ cell_seed | yaml }}` there" in message
 
 
