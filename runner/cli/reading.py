@@ -88,9 +88,11 @@ def note_unrendered(selected: Sequence[Selected]) -> None:
     A grid is rendered for this only if its template is newer than a recipe.
     """
     by_grid: dict[str, list[Path]] = {}
+    recipes_dir = Path(RECIPES_DIR).resolve()
     for one in selected:
-        path = one.source_path
-        if path.parent.parent == RECIPES_DIR and path.is_file():
+        # The folder may have been named in another way, such as by its absolute path.
+        path = one.source_path.parent.resolve() / one.source_path.name
+        if path.parent.parent == recipes_dir and path.is_file():
             by_grid.setdefault(path.parent.name, []).append(path)
     for grid, paths in by_grid.items():
         if _is_newer(grid, min(path.stat().st_mtime_ns for path in paths)):

@@ -177,6 +177,9 @@ def test_a_template_that_changed_after_rendering_is_noted(
     changed = text.replace("training:\n", "training:\n  weight_decay: 0.25\n")
     assert changed != text
     assert "8 of 8 recipes would differ; `runner render toy` updates them" in note(changed)
+    for folder in (str(root / "recipes" / "toy"), "recipes/../recipes/toy"):
+        assert main([*check[:-1], folder]) == 0
+        assert "8 of 8 recipes would differ" in capsys.readouterr().err, folder
     grid = root / "recipe_templates" / "toy" / "grid.yaml"
     cells = grid.read_text()
     grid.write_text(cells.replace("[60, 180]", "[60, 170]"))
